@@ -1,0 +1,48 @@
+//! The lineage of a job's weights: base, restarts, checkpoints, states, and the files of each.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::ids::JobId;
+
+/// What a node of the lineage holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema, sqlx::Type)]
+#[serde(rename_all = "snake_case")]
+#[sqlx(type_name = "text", rename_all = "snake_case")]
+pub enum NodeKind {
+    /// Full weights at the moment when the model is wrapped with LoRA factors.
+    Base,
+    /// The LoRA delta of one cycle, as it was merged.
+    Restart,
+    /// Merged full-rank weights.
+    Checkpoint,
+    /// What an exact continuation needs.
+    State,
+}
+
+impl NodeKind {
+    /// The folder of such nodes, on disk and in object keys.
+    pub fn folder(self) -> &'static str {
+        match self {
+            Self::Base => "base",
+            Self::Restart => "restarts",
+            Self::Checkpoint => "checkpoints",
+            Self::State => "states",
+        }
+    }
+}
+
+/// Full weights, in bases and checkpoints (the `transformers` layout).
+pub const MODEL_FILE: &str = "model.safetensors";
+/// A delta's factors and replaced parameters (the `peft` layout).
+pub const ADAPTER_FILE: &str = "adapter_model.safetensors";
+/// Every file of a node with its size and SHA-256.
+pub const MANIFEST_FILE: &str = "manifest.json";
+
+/// Where a file of an attempt lies in the bucket, below the store's prefix.
+///
+/// The lease epoch is part of the key, so that a worker that lost its lease can leave an orphan and
+/// can overwrite nothing. `path` is relative to the trainer's output directory, `states/120/state.json`.
+pub fn attempt_key(job: &JobId, lease_epoch: i64, path: &str) -> String {
+    format!("j/{job}/{lease_epoch}/{path}")
+}

@@ -1,0 +1,9 @@
+//! Pure values: what the service talks about. Nothing here does input or output.
+
+pub mod contract;
+pub mod ids;
+pub mod job;
+pub mod lineage;
+pub mod problem;
+pub mod schedule;
+pub mod spec;

@@ -1,0 +1,189 @@
+//! What happens at which step: learning rate, wrap, restarts. Pure functions of the step.
+//!
+//! A *step* is one optimizer update. `learning_rate(t)` is the rate of the update with the 0-based
+//! index `t`; everything else is asked "after `done` updates".
+
+use std::f64::consts::PI;
+
+use super::spec::{RestartLr, TrainSpec};
+
+/// The schedule of one job.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Schedule {
+    pub num_steps: i64,
+    /// Full-rank updates before the model is wrapped; `num_steps` if it never is.
+    pub full_rank_steps: i64,
+    full_rank_lr: f64,
+    full_rank_warmup_steps: i64,
+    min_lr_frac: f64,
+    low_rank_lr: f64,
+    low_rank_warmup_steps: i64,
+    restarts: Option<Restarts>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Restarts {
+    pub every_steps: i64,
+    pub warmup_steps: i64,
+    pub lr: RestartLr,
+}
+
+impl Schedule {
+    pub fn new(spec: &TrainSpec) -> Self {
+        let num_steps = spec.schedule.num_steps;
+        Self {
+            num_steps,
+            full_rank_steps: spec.method.full_rank_steps(num_steps),
+            full_rank_lr: match spec.method.low_rank() {
+                Some(_) => spec.optimizer.warm_start_learning_rate,
+                None => spec.optimizer.learning_rate,
+            },
+            full_rank_warmup_steps: spec.schedule.warmup_steps,
+            min_lr_frac: spec.schedule.min_lr_frac,
+            low_rank_lr: spec.optimizer.learning_rate,
+            low_rank_warmup_steps: spec.method.low_rank().map_or(0, |l| l.warmup_steps),
+            restarts: spec.method.restarts(),
+        }
+    }
+
+    /// Learning rate of the update with index `t`, 0-based.
+    ///
+    /// The warm start follows the cosine of the whole run and is stopped high on it; the low-rank
+    /// phase has a clock of its own, from 0, and a cosine over what remains (relora.md 1.8, 1.10).
+    pub fn learning_rate(&self, t: i64) -> f64 {
+        if t < self.full_rank_steps {
+            let factor = cosine_with_warmup(t, self.num_steps, self.full_rank_warmup_steps, self.min_lr_frac);
+            return self.full_rank_lr * factor;
+        }
+        let (t, total) = (t - self.full_rank_steps, self.num_steps - self.full_rank_steps);
+        let factor = match self.restarts {
+            None => cosine_with_warmup(t, total, self.low_rank_warmup_steps, self.min_lr_frac),
+            Some(restarts) => jagged_cosine(t, total, self.low_rank_warmup_steps, restarts, self.min_lr_frac),
+        };
+        self.low_rank_lr * factor
+    }
+
+    /// Whether the model is wrapped with LoRA factors after `done` updates, before the next one.
+    pub fn wraps_after(&self, done: i64) -> bool {
+        done == self.full_rank_steps && done < self.num_steps
+    }
+
+    /// The number (from 1) of the restart that falls after `done` updates, if one does. The last
+    /// cycle ends with one too: K cycles give K restarts.
+    pub fn restart_after(&self, done: i64) -> Option<i64> {
+        let every_steps = self.restarts?.every_steps;
+        let cycles_done = done - self.full_rank_steps;
+        let falls_here = cycles_done > 0 && (cycles_done % every_steps == 0 || done == self.num_steps);
+        falls_here.then(|| (cycles_done + every_steps - 1) / every_steps)
+    }
+
+    /// Restarts in the whole run.
+    pub fn num_restarts(&self) -> i64 {
+        self.restart_after(self.num_steps).unwrap_or(0)
+    }
+}
+
+/// Cosine from 1 at `q = 0` down to `min_lr_frac` at `q = 1`.
+fn cosine(q: f64, min_lr_frac: f64) -> f64 {
+    min_lr_frac + (1.0 - min_lr_frac) * 0.5 * (1.0 + (PI * q).cos())
+}
+
+/// Progress along the cosine, which begins where the warm-up ends.
+fn progress(t: i64, total: i64, warmup_steps: i64) -> f64 {
+    (t - warmup_steps) as f64 / (total - warmup_steps).max(1) as f64
+}
+
+fn cosine_with_warmup(t: i64, total: i64, warmup_steps: i64, min_lr_frac: f64) -> f64 {
+    if t < warmup_steps {
+        return t as f64 / warmup_steps as f64;
+    }
+    cosine(progress(t, total, warmup_steps), min_lr_frac)
+}
+
+/// The jagged cosine (relora.md 1.8 b): at every restart the rate falls and climbs back, over
+/// `warmup_steps` updates, to the value where it joins the cosine again.
+fn jagged_cosine(t: i64, total: i64, first_warmup_steps: i64, restarts: Restarts, min_lr_frac: f64) -> f64 {
+    let (cycle_start, since_restart) = (t - t % restarts.every_steps, t % restarts.every_steps);
+    if t < restarts.every_steps || since_restart >= restarts.warmup_steps {
+        return cosine_with_warmup(t, total, first_warmup_steps, min_lr_frac);
+    }
+    let joining = cosine(progress(cycle_start + restarts.warmup_steps, total, first_warmup_steps), min_lr_frac);
+    let climbed_steps = match restarts.lr {
+        RestartLr::Zero => since_restart,
+        RestartLr::OneOverW => since_restart + 1,
+    };
+    joining * climbed_steps as f64 / restarts.warmup_steps as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn restarts(every_steps: i64, warmup_steps: i64, lr: RestartLr) -> Restarts {
+        Restarts { every_steps, warmup_steps, lr }
+    }
+
+    fn assert_close(got: f64, want: f64, at: i64) {
+        assert!((got - want).abs() < 6e-6, "at {at}: got {got}, want {want}");
+    }
+
+    #[test]
+    fn jagged_cosine_follows_the_published_vector() {
+        // relora.md 1.8: T = 40, w0 = 4, w = 3, R = 10, m = 0.1.
+        #[rustfmt::skip]
+        let want = [
+            0.0, 0.25, 0.5, 0.75, 1.0, 0.99829, 0.99316, 0.98467, 0.97286, 0.95784,
+            0.0, 0.28940, 0.57880, 0.86820, 0.83925, 0.80811, 0.77500, 0.74018, 0.70391, 0.66647,
+            0.0, 0.17026, 0.34052, 0.51078, 0.47186, 0.43353, 0.39609, 0.35982, 0.32500, 0.29189,
+            0.0, 0.06046, 0.12092, 0.18138, 0.16029, 0.14216, 0.12714, 0.11533, 0.10684, 0.10171,
+        ];
+        for (t, want) in (0..).zip(want) {
+            assert_close(jagged_cosine(t, 40, 4, restarts(10, 3, RestartLr::Zero), 0.1), want, t);
+        }
+    }
+
+    #[test]
+    fn jagged_cosine_of_a_long_run_follows_the_published_points() {
+        #[rustfmt::skip]
+        let want = [
+            (4_999, 0.802615), (5_000, 0.0), (5_001, 0.007944), (5_050, 0.397203), (5_099, 0.786462),
+            (5_100, 0.794406), (9_999, 0.339302), (10_000, 0.0), (10_100, 0.330652), (14_999, 0.1),
+        ];
+        for (t, want) in want {
+            assert_close(jagged_cosine(t, 15_000, 500, restarts(5_000, 100, RestartLr::Zero), 0.1), want, t);
+        }
+    }
+
+    #[test]
+    fn recommended_restart_begins_at_one_over_w_of_the_joining_value() {
+        for (t, want) in (10..).zip([0.28940, 0.57880, 0.86820, 0.86820]) {
+            assert_close(jagged_cosine(t, 40, 4, restarts(10, 3, RestartLr::OneOverW), 0.1), want, t);
+        }
+    }
+
+    #[test]
+    fn restarts_fall_between_cycles_and_at_the_end() {
+        let schedule = Schedule {
+            num_steps: 45,
+            full_rank_steps: 10,
+            full_rank_lr: 1e-3,
+            full_rank_warmup_steps: 2,
+            min_lr_frac: 0.1,
+            low_rank_lr: 2e-3,
+            low_rank_warmup_steps: 2,
+            restarts: Some(restarts(10, 3, RestartLr::OneOverW)),
+        };
+        let falls: Vec<_> = (0..=45).filter_map(|done| schedule.restart_after(done).map(|n| (done, n))).collect();
+        assert_eq!(falls, [(20, 1), (30, 2), (40, 3), (45, 4)]);
+        assert_eq!((0..=45).filter(|&done| schedule.wraps_after(done)).collect::<Vec<_>>(), [10]);
+        assert_eq!(schedule.num_restarts(), 4);
+    }
+
+    #[test]
+    fn the_warm_start_is_stopped_high_on_the_cosine_of_the_whole_run() {
+        let warm = cosine_with_warmup(249, 1_000, 50, 0.1);
+        assert!(warm > 0.85, "{warm}");
+        assert_eq!(cosine_with_warmup(0, 1_000, 50, 0.1), 0.0);
+        assert_close(cosine_with_warmup(50, 1_000, 50, 0.1), 1.0, 50);
+    }
+}

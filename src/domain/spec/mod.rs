@@ -1,0 +1,268 @@
+//! The training spec: what a client sends (`request`), how it is checked and completed (`normalise`),
+//! and the normalised form that is stored, returned and given to the trainer (here).
+//!
+//! Holding a [`TrainSpec`] is the proof that it was checked: nothing below re-checks or fills in.
+
+mod normalise;
+mod presets;
+mod request;
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+pub use normalise::{DataFacts, SpecLimits};
+pub use presets::PRESETS;
+pub use request::TrainSpecRequest;
+
+use super::{
+    ids::{DatasetId, TokenizationId},
+    schedule::Restarts,
+};
+
+/// A training spec with every default filled in.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TrainSpec {
+    pub spec_version: i64,
+    pub name: String,
+    pub dataset: DatasetId,
+    pub tokenization: TokenizationId,
+    pub model: ModelSpec,
+    pub method: MethodSpec,
+    pub optimizer: OptimizerSpec,
+    pub schedule: ScheduleSpec,
+    pub batch: BatchSpec,
+    pub precision: Precision,
+    pub deterministic: bool,
+    pub seed: i64,
+    pub eval: EvalSpec,
+    pub checkpoints: CheckpointsSpec,
+    pub state_every_s: i64,
+    pub resources: ResourcesSpec,
+    pub priority: i64,
+    pub labels: BTreeMap<String, String>,
+    pub max_runtime_s: Option<i64>,
+}
+
+/// A LLaMA model, in the terms of a `transformers` configuration.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ModelSpec {
+    pub preset: Option<String>,
+    pub vocab_size: i64,
+    pub hidden_size: i64,
+    pub intermediate_size: i64,
+    pub num_hidden_layers: i64,
+    pub num_attention_heads: i64,
+    pub num_key_value_heads: i64,
+    pub max_position_embeddings: i64,
+    pub rms_norm_eps: f64,
+    pub rope_theta: f64,
+    /// Standard deviation of the initial weights.
+    pub initializer_range: f64,
+    pub tie_word_embeddings: bool,
+}
+
+impl ModelSpec {
+    pub fn head_dim(&self) -> i64 {
+        self.hidden_size / self.num_attention_heads
+    }
+
+    /// (out, in) of the seven wrapped matrices of a layer, in the order q, k, v, o, gate, up, down.
+    pub fn linear_shapes(&self) -> [(i64, i64); 7] {
+        let (h, f) = (self.hidden_size, self.intermediate_size);
+        let kv = self.num_key_value_heads * self.head_dim();
+        [(h, h), (kv, h), (kv, h), (h, h), (f, h), (f, h), (h, f)]
+    }
+
+    /// Parameters of the wrapped matrices.
+    pub fn num_linear_params(&self) -> i64 {
+        self.num_hidden_layers * self.linear_shapes().iter().map(|(o, i)| o * i).sum::<i64>()
+    }
+
+    /// Parameters of the whole model, without LoRA factors.
+    pub fn num_params(&self) -> i64 {
+        let embeddings = if self.tie_word_embeddings { 1 } else { 2 } * self.vocab_size * self.hidden_size;
+        let norms = (2 * self.num_hidden_layers + 1) * self.hidden_size;
+        embeddings + norms + self.num_linear_params()
+    }
+
+    /// Parameters of the LoRA factors at this rank.
+    pub fn num_lora_params(&self, rank: i64) -> i64 {
+        self.num_hidden_layers * self.linear_shapes().iter().map(|(o, i)| rank * (o + i)).sum::<i64>()
+    }
+}
+
+/// How the weights are trained. Every method may begin with full-rank updates, the warm start.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum MethodSpec {
+    /// Every parameter at full rank.
+    #[schema(title = "FullMethod")]
+    Full {},
+    /// W0 frozen, one pair of factors per matrix for the whole run: W0 + sBA.
+    #[schema(title = "LoraMethod")]
+    Lora { rank: i64, alpha: f64, dropout: f64, warm_start_steps: i64, relora_warmup_steps: i64 },
+    /// LoRA with restarts: merge, draw again, reset the optimizer, warm up again.
+    #[schema(title = "ReloraMethod")]
+    Relora {
+        rank: i64,
+        alpha: f64,
+        dropout: f64,
+        warm_start_steps: i64,
+        relora_warmup_steps: i64,
+        restart_every_steps: i64,
+        restart_warmup_steps: i64,
+        restart_lr: RestartLr,
+        optimizer_reset: OptimizerReset,
+        allow_short_last_cycle: bool,
+    },
+}
+
+/// The factors that a low-rank method trains beside the frozen weights.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LowRank {
+    pub rank: i64,
+    /// The s of W + sBA: alpha / rank.
+    pub scale: f64,
+    pub dropout: f64,
+    pub warmup_steps: i64,
+}
+
+impl MethodSpec {
+    pub fn low_rank(&self) -> Option<LowRank> {
+        match *self {
+            Self::Full {} => None,
+            Self::Lora { rank, alpha, dropout, relora_warmup_steps, .. }
+            | Self::Relora { rank, alpha, dropout, relora_warmup_steps, .. } => {
+                Some(LowRank { rank, scale: alpha / rank as f64, dropout, warmup_steps: relora_warmup_steps })
+            }
+        }
+    }
+
+    pub fn restarts(&self) -> Option<Restarts> {
+        match *self {
+            Self::Relora { restart_every_steps, restart_warmup_steps, restart_lr, .. } => {
+                Some(Restarts { every_steps: restart_every_steps, warmup_steps: restart_warmup_steps, lr: restart_lr })
+            }
+            _ => None,
+        }
+    }
+
+    pub fn optimizer_reset(&self) -> Option<OptimizerReset> {
+        match *self {
+            Self::Relora { optimizer_reset, .. } => Some(optimizer_reset),
+            _ => None,
+        }
+    }
+
+    /// Updates at full rank, out of `num_steps`.
+    pub fn full_rank_steps(&self, num_steps: i64) -> i64 {
+        match *self {
+            Self::Full {} => num_steps,
+            Self::Lora { warm_start_steps, .. } | Self::Relora { warm_start_steps, .. } => warm_start_steps,
+        }
+    }
+}
+
+/// The learning rate of the first update after a restart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RestartLr {
+    /// One part in `restart_warmup_steps` of the value where the warm-up joins the cosine.
+    OneOverW,
+    /// Zero, as in the published code: the first update of a cycle moves nothing.
+    Zero,
+}
+
+/// What a restart does to the Adam state of the LoRA factors.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum OptimizerReset {
+    /// Moments and step count back to zero.
+    #[schema(title = "ZeroReset")]
+    Zero {},
+    /// Nothing is reset.
+    #[schema(title = "NoReset")]
+    None {},
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct OptimizerSpec {
+    /// Peak rate of the low-rank phase, or of the whole run with `full`.
+    pub learning_rate: f64,
+    /// Peak rate of the warm start.
+    pub warm_start_learning_rate: f64,
+    pub betas: [f64; 2],
+    pub eps: f64,
+    pub weight_decay: f64,
+    /// Largest norm of the gradient over all trainable parameters; 0 switches clipping off.
+    pub clip_norm: f64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ScheduleSpec {
+    /// Updates in the whole run, the warm start included.
+    pub num_steps: i64,
+    pub warmup_steps: i64,
+    /// The rate at the end of the cosine, as a share of the peak.
+    pub min_lr_frac: f64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BatchSpec {
+    /// Sequences per update, over all devices and micro-batches.
+    pub num_seqs: i64,
+    pub sequence_length: i64,
+    /// Sequences that go through the model at once.
+    pub micro_batch_seqs: i64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    Fp32,
+    /// Matrix products in bfloat16; weights, moments and merges in fp32.
+    Bf16,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct EvalSpec {
+    /// Updates between evaluations; one more before the first update, at the wrap and at the end.
+    pub every_steps: i64,
+    /// Validation tokens per evaluation, at most.
+    pub max_tokens: i64,
+    /// Prompts that are continued with the trained model at the end.
+    pub prompts: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointsSpec {
+    /// Updates between merged checkpoints; one more at the wrap and at the end.
+    pub every_steps: i64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ResourcesSpec {
+    pub device: Device,
+    pub num_gpus: i64,
+}
+
+/// The device that a job asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema, sqlx::Type)]
+#[serde(rename_all = "snake_case")]
+#[sqlx(type_name = "text", rename_all = "snake_case")]
+pub enum Device {
+    /// A GPU where the worker has one, else the CPU.
+    Auto,
+    Cpu,
+    Cuda,
+}

@@ -1,0 +1,473 @@
+//! From a request to a [`TrainSpec`]: every default filled in, every mistake found, all at once.
+
+use super::{
+    BatchSpec, CheckpointsSpec, EvalSpec, MethodSpec, ModelSpec, OptimizerReset, OptimizerSpec, Precision,
+    ResourcesSpec, RestartLr, ScheduleSpec, TrainSpec, TrainSpecRequest,
+    presets::{self, PRESETS},
+    request::{
+        BatchRequest, MethodRequest, MethodType, MicroBatchRequest, ModelRequest, OptimizerRequest, OptimizerResetType,
+    },
+};
+use crate::domain::{
+    ids::{DatasetId, TokenizationId},
+    problem::Problem,
+};
+
+/// What the data of a job is known to be when the spec is checked.
+#[derive(Debug, Clone)]
+pub struct DataFacts {
+    pub dataset: DatasetId,
+    pub tokenization: TokenizationId,
+    pub vocab_size: i64,
+    /// Unknown until the dataset is tokenized.
+    pub train_tokens: Option<i64>,
+    pub valid_tokens: Option<i64>,
+}
+
+/// What the service can run.
+#[derive(Debug, Clone, Copy)]
+pub struct SpecLimits {
+    /// GPUs of the largest host.
+    pub max_gpus: i64,
+}
+
+/// Tokens of a micro-batch that `auto` aims at.
+const AUTO_MICRO_BATCH_TOKENS: i64 = 4_096;
+
+impl TrainSpecRequest {
+    /// Checks and completes the request.
+    ///
+    /// `data` is `None` where the named data does not exist: the caller has reported that already,
+    /// and everything else is still checked. Returns the spec with warnings, or every problem found.
+    pub fn normalise(
+        &self,
+        data: Option<&DataFacts>,
+        limits: SpecLimits,
+    ) -> Result<(TrainSpec, Vec<String>), Vec<Problem>> {
+        let mut check = Check::default();
+        let spec = self.fill_in(&mut check, data, limits);
+        match (spec, check.problems.is_empty()) {
+            (Some(spec), true) => {
+                let warnings = spec.warnings();
+                Ok((spec, warnings))
+            }
+            _ => Err(check.problems),
+        }
+    }
+
+    fn fill_in(&self, check: &mut Check, data: Option<&DataFacts>, limits: SpecLimits) -> Option<TrainSpec> {
+        check.integer("/spec_version", self.spec_version.unwrap_or(1), 1, 1);
+        let batch = fill_in_batch(check, &self.batch.clone().unwrap_or_default(), data);
+        let model = fill_in_model(check, self.model.as_ref(), data, batch.sequence_length);
+        let schedule = self.fill_in_schedule(check);
+        let method = fill_in_method(check, self.method.as_ref(), &model, &schedule);
+        let eval = self.eval.clone().unwrap_or_default();
+        let prompts = eval.prompts.unwrap_or_default();
+        check.at_most_items("/eval/prompts", prompts.len(), 16);
+        for (index, prompt) in prompts.iter().enumerate() {
+            check.text(&format!("/eval/prompts/{index}"), prompt, 2_000);
+        }
+        let resources = self.resources.clone().unwrap_or_default();
+        let num_gpus = resources.num_gpus.unwrap_or(1);
+        check.integer("/resources/num_gpus", num_gpus, 1, limits.max_gpus.max(1));
+        let labels = self.labels.clone().unwrap_or_default();
+        check.at_most_items("/labels", labels.len(), 64);
+        for (key, value) in &labels {
+            check.text(&format!("/labels/{key}"), key, 100);
+            check.text(&format!("/labels/{key}"), value, 255);
+        }
+        let name = self.name.clone().unwrap_or_else(|| "untitled".into());
+        check.text("/name", &name, 200);
+
+        Some(TrainSpec {
+            spec_version: 1,
+            name,
+            dataset: data?.dataset.clone(),
+            tokenization: data?.tokenization.clone(),
+            optimizer: fill_in_optimizer(check, &self.optimizer.clone().unwrap_or_default()),
+            precision: self.precision.unwrap_or(Precision::Fp32),
+            deterministic: self.deterministic.unwrap_or(true),
+            seed: check.integer("/seed", self.seed.unwrap_or(0), 0, i64::from(u32::MAX)),
+            eval: EvalSpec {
+                every_steps: check.integer("/eval/every_steps", eval.every_steps.unwrap_or(500), 1, MAX_STEPS),
+                max_tokens: check.integer("/eval/max_tokens", eval.max_tokens.unwrap_or(10_000_000), 1, MAX_INTEGER),
+                prompts,
+            },
+            checkpoints: CheckpointsSpec {
+                every_steps: check.integer(
+                    "/checkpoints/every_steps",
+                    self.checkpoints.as_ref().and_then(|c| c.every_steps).unwrap_or(1_000),
+                    1,
+                    MAX_STEPS,
+                ),
+            },
+            state_every_s: check.integer("/state_every_s", self.state_every_s.unwrap_or(60), 1, 86_400),
+            resources: ResourcesSpec { device: resources.device.unwrap_or(super::Device::Auto), num_gpus },
+            priority: check.integer("/priority", self.priority.unwrap_or(0), -1_000, 1_000),
+            labels,
+            max_runtime_s: self.max_runtime_s.map(|s| check.integer("/max_runtime_s", s, 1, MAX_INTEGER)),
+            model,
+            method,
+            schedule,
+            batch,
+        })
+    }
+
+    fn fill_in_schedule(&self, check: &mut Check) -> ScheduleSpec {
+        let request = self.schedule.clone().unwrap_or_default();
+        let num_steps = check.required("/schedule/num_steps", request.num_steps, 1, MAX_STEPS);
+        let warmup_steps = request.warmup_steps.unwrap_or_else(|| (num_steps / 20).min(500));
+        check.integer("/schedule/warmup_steps", warmup_steps, 0, num_steps - 1);
+        let min_lr_frac = request.min_lr_frac.unwrap_or(0.1);
+        check.number("/schedule/min_lr_frac", min_lr_frac, Bounds::OpenClosed(0.0, 1.0));
+        ScheduleSpec { num_steps, warmup_steps, min_lr_frac }
+    }
+}
+
+fn fill_in_model(
+    check: &mut Check,
+    request: Option<&ModelRequest>,
+    data: Option<&DataFacts>,
+    sequence_length: i64,
+) -> ModelSpec {
+    let Some(request) = request else {
+        check.problem("/model", "is required: name a preset, or give the sizes");
+        return ModelSpec::smallest();
+    };
+    let preset = request.preset.as_deref().and_then(presets::find);
+    if let (Some(name), None) = (&request.preset, preset) {
+        let known: Vec<_> = PRESETS.iter().map(|preset| preset.name).collect();
+        check.problem("/model/preset", format!("{name:?} is not known; there are {}", known.join(", ")));
+        return ModelSpec::smallest();
+    }
+    let mut size = |name: &str, given: Option<i64>, of_preset: Option<i64>, max: i64| {
+        check.required(&format!("/model/{name}"), given.or(of_preset), 1, max)
+    };
+    let hidden_size = size("hidden_size", request.hidden_size, preset.map(|p| p.hidden_size), 65_536);
+    let intermediate_size =
+        size("intermediate_size", request.intermediate_size, preset.map(|p| p.intermediate_size), 262_144);
+    let num_hidden_layers =
+        size("num_hidden_layers", request.num_hidden_layers, preset.map(|p| p.num_hidden_layers), 512);
+    let num_attention_heads =
+        size("num_attention_heads", request.num_attention_heads, preset.map(|p| p.num_attention_heads), 1_024);
+    let num_key_value_heads =
+        size("num_key_value_heads", request.num_key_value_heads, Some(num_attention_heads), 1_024);
+    let max_position_embeddings =
+        size("max_position_embeddings", request.max_position_embeddings, Some(sequence_length.max(2_048)), 1 << 20);
+    let data_vocab_size = data.map_or(1, |data| data.vocab_size);
+    let vocab_size = request.vocab_size.unwrap_or(data_vocab_size);
+
+    check.integer("/model/vocab_size", vocab_size, data_vocab_size, 1 << 20);
+    if hidden_size % num_attention_heads != 0 {
+        check.problem(
+            "/model/num_attention_heads",
+            format!("{num_attention_heads} does not divide hidden_size {hidden_size}"),
+        );
+    } else if hidden_size / num_attention_heads % 2 != 0 {
+        check.problem(
+            "/model/num_attention_heads",
+            format!(
+                "gives heads of {} elements; rotary embeddings need an even number",
+                hidden_size / num_attention_heads
+            ),
+        );
+    }
+    if num_attention_heads % num_key_value_heads != 0 {
+        check.problem(
+            "/model/num_key_value_heads",
+            format!("{num_key_value_heads} does not divide num_attention_heads {num_attention_heads}"),
+        );
+    }
+    if max_position_embeddings < sequence_length {
+        check.problem(
+            "/model/max_position_embeddings",
+            format!("{max_position_embeddings} is less than the sequence length {sequence_length}"),
+        );
+    }
+    let rms_norm_eps = request.rms_norm_eps.unwrap_or(1e-6);
+    check.number("/model/rms_norm_eps", rms_norm_eps, Bounds::OpenClosed(0.0, 1.0));
+    let rope_theta = request.rope_theta.unwrap_or(10_000.0);
+    check.number("/model/rope_theta", rope_theta, Bounds::Closed(1.0, 1e9));
+    let initializer_range = request.initializer_range.unwrap_or(0.02);
+    check.number("/model/initializer_range", initializer_range, Bounds::OpenClosed(0.0, 1.0));
+
+    ModelSpec {
+        preset: request.preset.clone(),
+        vocab_size,
+        hidden_size,
+        intermediate_size,
+        num_hidden_layers,
+        num_attention_heads,
+        num_key_value_heads,
+        max_position_embeddings,
+        rms_norm_eps,
+        rope_theta,
+        initializer_range,
+        tie_word_embeddings: request.tie_word_embeddings.unwrap_or(false),
+    }
+}
+
+impl ModelSpec {
+    /// Stands in where the sizes are wrong, so that the rest of a spec can still be checked.
+    fn smallest() -> Self {
+        Self {
+            preset: None,
+            vocab_size: 1,
+            hidden_size: i64::from(u16::MAX),
+            intermediate_size: i64::from(u16::MAX),
+            num_hidden_layers: 1,
+            num_attention_heads: 1,
+            num_key_value_heads: 1,
+            max_position_embeddings: 1,
+            rms_norm_eps: 1e-6,
+            rope_theta: 1e4,
+            initializer_range: 0.02,
+            tie_word_embeddings: false,
+        }
+    }
+}
+
+fn fill_in_batch(check: &mut Check, request: &BatchRequest, data: Option<&DataFacts>) -> BatchSpec {
+    let num_seqs = check.required("/batch/num_seqs", request.num_seqs, 1, 1 << 20);
+    let sequence_length = check.required("/batch/sequence_length", request.sequence_length, 2, 1 << 20);
+    let micro_batch_seqs = match request.micro_batch_seqs {
+        Some(MicroBatchRequest::Seqs(seqs)) => check.integer("/batch/micro_batch_seqs", seqs, 1, num_seqs),
+        _ => (AUTO_MICRO_BATCH_TOKENS / sequence_length).clamp(1, num_seqs),
+    };
+    for (split, num_tokens) in
+        [("training", data.and_then(|d| d.train_tokens)), ("validation", data.and_then(|d| d.valid_tokens))]
+    {
+        if let Some(num_tokens) = num_tokens.filter(|&num_tokens| num_tokens < sequence_length) {
+            check.problem(
+                "/batch/sequence_length",
+                format!("{sequence_length} is longer than the {split} data, which has {num_tokens} tokens"),
+            );
+        }
+    }
+    BatchSpec { num_seqs, sequence_length, micro_batch_seqs }
+}
+
+fn fill_in_optimizer(check: &mut Check, request: &OptimizerRequest) -> OptimizerSpec {
+    let learning_rate = request.learning_rate.unwrap_or(1e-3);
+    let spec = OptimizerSpec {
+        learning_rate,
+        warm_start_learning_rate: request.warm_start_learning_rate.unwrap_or(learning_rate / 2.0),
+        betas: request.betas.unwrap_or([0.9, 0.999]),
+        eps: request.eps.unwrap_or(1e-8),
+        weight_decay: request.weight_decay.unwrap_or(0.0),
+        clip_norm: request.clip_norm.unwrap_or(1.0),
+    };
+    check.number("/optimizer/learning_rate", spec.learning_rate, Bounds::OpenClosed(0.0, 10.0));
+    check.number("/optimizer/warm_start_learning_rate", spec.warm_start_learning_rate, Bounds::OpenClosed(0.0, 10.0));
+    check.number("/optimizer/betas/0", spec.betas[0], Bounds::ClosedOpen(0.0, 1.0));
+    check.number("/optimizer/betas/1", spec.betas[1], Bounds::ClosedOpen(0.0, 1.0));
+    check.number("/optimizer/eps", spec.eps, Bounds::OpenClosed(0.0, 1.0));
+    check.number("/optimizer/weight_decay", spec.weight_decay, Bounds::Closed(0.0, 10.0));
+    check.number("/optimizer/clip_norm", spec.clip_norm, Bounds::Closed(0.0, 1e6));
+    spec
+}
+
+fn fill_in_method(
+    check: &mut Check,
+    request: Option<&MethodRequest>,
+    model: &ModelSpec,
+    schedule: &ScheduleSpec,
+) -> MethodSpec {
+    let Some((request, kind)) = request.and_then(|request| request.kind.map(|kind| (request, kind))) else {
+        check.problem("/method/type", "is required: full, lora or relora");
+        return MethodSpec::Full {};
+    };
+    refuse_foreign_fields(check, request, kind);
+    if kind == MethodType::Full {
+        return MethodSpec::Full {};
+    }
+
+    let num_steps = schedule.num_steps;
+    let (smallest_side, _) = model.linear_shapes().iter().map(|&(o, i)| (o.min(i), ())).min().unwrap_or((1, ()));
+    let rank = request.rank.unwrap_or(128);
+    if rank < 1 || rank >= smallest_side {
+        check.problem(
+            "/method/rank",
+            format!("{rank} is out of range: the smallest wrapped matrix has a side of {smallest_side}, the rank must be from 1 to {}", smallest_side - 1),
+        );
+    }
+    let alpha = request.alpha.unwrap_or(32.0);
+    check.number("/method/alpha", alpha, Bounds::OpenClosed(0.0, 1e6));
+    let dropout = request.dropout.unwrap_or(0.0);
+    check.number("/method/dropout", dropout, Bounds::ClosedOpen(0.0, 1.0));
+    let warm_start_steps =
+        check.integer("/method/warm_start_steps", request.warm_start_steps.unwrap_or(0), 0, num_steps - 1);
+    let low_rank_steps = num_steps - warm_start_steps;
+    let relora_warmup_steps =
+        request.relora_warmup_steps.unwrap_or_else(|| schedule.warmup_steps.min(low_rank_steps - 1));
+    check.integer("/method/relora_warmup_steps", relora_warmup_steps, 0, low_rank_steps - 1);
+    if kind == MethodType::Lora {
+        return MethodSpec::Lora { rank, alpha, dropout, warm_start_steps, relora_warmup_steps };
+    }
+
+    let restart_every_steps =
+        check.required("/method/restart_every_steps", request.restart_every_steps, 1, low_rank_steps);
+    let allow_short_last_cycle = request.allow_short_last_cycle.unwrap_or(false);
+    if restart_every_steps >= 1 && low_rank_steps % restart_every_steps != 0 && !allow_short_last_cycle {
+        check.problem(
+            "/method/restart_every_steps",
+            format!(
+                "{restart_every_steps} does not divide the {low_rank_steps} steps after the warm start; \
+                 change it, schedule.num_steps or warm_start_steps, or set allow_short_last_cycle"
+            ),
+        );
+    }
+    if relora_warmup_steps > restart_every_steps {
+        check.problem(
+            "/method/relora_warmup_steps",
+            format!("{relora_warmup_steps} is longer than a cycle of {restart_every_steps} steps"),
+        );
+    }
+    let restart_warmup_steps = request.restart_warmup_steps.unwrap_or_else(|| (restart_every_steps / 10).clamp(1, 100));
+    if restart_warmup_steps < 1 || restart_warmup_steps >= restart_every_steps.max(2) {
+        check.problem(
+            "/method/restart_warmup_steps",
+            format!("{restart_warmup_steps} is out of range: it must be at least 1 and less than restart_every_steps, {restart_every_steps}"),
+        );
+    }
+    let reset = request.optimizer_reset.clone().unwrap_or_default();
+    MethodSpec::Relora {
+        rank,
+        alpha,
+        dropout,
+        warm_start_steps,
+        relora_warmup_steps,
+        restart_every_steps,
+        restart_warmup_steps,
+        restart_lr: request.restart_lr.unwrap_or(RestartLr::OneOverW),
+        optimizer_reset: match reset.kind.unwrap_or(OptimizerResetType::Zero) {
+            OptimizerResetType::Zero => OptimizerReset::Zero {},
+            OptimizerResetType::None => OptimizerReset::None {},
+        },
+        allow_short_last_cycle,
+    }
+}
+
+/// A field that the method does not read would be a silent misunderstanding.
+fn refuse_foreign_fields(check: &mut Check, request: &MethodRequest, kind: MethodType) {
+    let low_rank = [
+        ("rank", request.rank.is_some()),
+        ("alpha", request.alpha.is_some()),
+        ("dropout", request.dropout.is_some()),
+        ("warm_start_steps", request.warm_start_steps.is_some()),
+        ("relora_warmup_steps", request.relora_warmup_steps.is_some()),
+    ];
+    let restarts = [
+        ("restart_every_steps", request.restart_every_steps.is_some()),
+        ("restart_warmup_steps", request.restart_warmup_steps.is_some()),
+        ("restart_lr", request.restart_lr.is_some()),
+        ("optimizer_reset", request.optimizer_reset.is_some()),
+        ("allow_short_last_cycle", request.allow_short_last_cycle.is_some()),
+    ];
+    let (foreign, name): (Vec<_>, _) = match kind {
+        MethodType::Full => (low_rank.iter().chain(&restarts).collect(), "full"),
+        MethodType::Lora => (restarts.iter().collect(), "lora"),
+        MethodType::Relora => return,
+    };
+    for (field, _) in foreign.into_iter().filter(|(_, given)| *given) {
+        check.problem(format!("/method/{field}"), format!("does not belong to the method {name}"));
+    }
+}
+
+impl TrainSpec {
+    /// What the spec asks for that cannot gain, or is a likely mistake.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut warnings = Vec::new();
+        let Some(low_rank) = self.method.low_rank() else { return warnings };
+        let rank = low_rank.rank;
+        // Freezing saves 2·in·out FLOPs per token, the factors add 6·r·(in+out) (relora.md 6.4).
+        let no_gain = self.model.linear_shapes().iter().filter(|&&(o, i)| 3 * rank * (o + i) > o * i).count();
+        if no_gain > 0 {
+            warnings.push(format!(
+                "/method/rank: at rank {rank} the LoRA factors cost more arithmetic than freezing saves, in {no_gain} of \
+                 the 7 matrices of a layer; expect no gain in speed at this model size"
+            ));
+        }
+        if self.model.num_lora_params(rank) >= self.model.num_linear_params() {
+            warnings.push(format!(
+                "/method/rank: at rank {rank} the LoRA factors have as many parameters as the matrices they update; \
+                 expect no gain in memory at this model size"
+            ));
+        }
+        if let Some(restarts) = self.method.restarts()
+            && restarts.every_steps < 10 * restarts.warmup_steps
+        {
+            warnings.push(format!(
+                "/method/restart_every_steps: a cycle of {} steps spends more than a tenth of its steps in the \
+                 learning-rate warm-up of {} steps",
+                restarts.every_steps, restarts.warmup_steps
+            ));
+        }
+        warnings
+    }
+}
+
+/// 2^53 - 1: the largest integer that every JSON reader keeps.
+const MAX_INTEGER: i64 = 9_007_199_254_740_991;
+const MAX_STEPS: i64 = 1_000_000_000;
+
+#[derive(Debug, Clone, Copy)]
+enum Bounds {
+    Closed(f64, f64),
+    /// Without the lower end.
+    OpenClosed(f64, f64),
+    /// Without the upper end.
+    ClosedOpen(f64, f64),
+}
+
+/// Collects problems; a value out of range is reported and brought into range, so that what depends
+/// on it can be checked too.
+#[derive(Debug, Default)]
+struct Check {
+    problems: Vec<Problem>,
+}
+
+impl Check {
+    fn problem(&mut self, pointer: impl Into<String>, message: impl Into<String>) {
+        self.problems.push(Problem::new(pointer, message));
+    }
+
+    fn integer(&mut self, pointer: &str, value: i64, min: i64, max: i64) -> i64 {
+        if value < min || value > max {
+            self.problem(pointer, format!("{value} is out of range: it must be from {min} to {max}"));
+        }
+        value.clamp(min, max.max(min))
+    }
+
+    fn required(&mut self, pointer: &str, value: Option<i64>, min: i64, max: i64) -> i64 {
+        let Some(value) = value else {
+            self.problem(pointer, "is required");
+            return min;
+        };
+        self.integer(pointer, value, min, max)
+    }
+
+    fn number(&mut self, pointer: &str, value: f64, bounds: Bounds) {
+        let (inside, wanted) = match bounds {
+            Bounds::Closed(min, max) => ((min..=max).contains(&value), format!("from {min} to {max}")),
+            Bounds::OpenClosed(min, max) => (value > min && value <= max, format!("above {min}, at most {max}")),
+            Bounds::ClosedOpen(min, max) => ((min..max).contains(&value), format!("at least {min}, below {max}")),
+        };
+        if !inside {
+            self.problem(pointer, format!("{value} is out of range: it must be {wanted}"));
+        }
+    }
+
+    /// PostgreSQL stores no NUL character, and refuses to index very long values.
+    fn text(&mut self, pointer: &str, value: &str, max_chars: usize) {
+        if value.is_empty() || value.chars().count() > max_chars || value.contains('\0') {
+            self.problem(pointer, format!("must have 1 to {max_chars} characters, none of them NUL"));
+        }
+    }
+
+    fn at_most_items(&mut self, pointer: &str, num_items: usize, max_items: usize) {
+        if num_items > max_items {
+            self.problem(pointer, format!("has {num_items} items; at most {max_items} are taken"));
+        }
+    }
+}

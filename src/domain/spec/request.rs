@@ -1,0 +1,320 @@
+//! The training spec as a client sends it: every field may be absent, unknown ones are refused.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use utoipa::ToSchema;
+
+use super::{Device, Precision, RestartLr};
+use crate::domain::{
+    ids::{DatasetId, TokenizationId},
+    problem::Problem,
+};
+
+/// A training spec to submit. An absent field, or `null`, takes its default.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainSpecRequest {
+    /// Version of this format: 1.
+    pub spec_version: Option<i64>,
+    pub name: Option<String>,
+    /// The dataset to train on. Required.
+    pub dataset: Option<DatasetId>,
+    /// How the dataset was turned into tokens; by default its newest tokenization.
+    pub tokenization: Option<TokenizationId>,
+    pub model: Option<ModelRequest>,
+    pub method: Option<MethodRequest>,
+    pub optimizer: Option<OptimizerRequest>,
+    pub schedule: Option<ScheduleRequest>,
+    pub batch: Option<BatchRequest>,
+    /// `fp32` by default.
+    pub precision: Option<Precision>,
+    /// Whether the same spec gives the same bits on the same kind of device; true by default.
+    pub deterministic: Option<bool>,
+    pub seed: Option<i64>,
+    pub eval: Option<EvalRequest>,
+    pub checkpoints: Option<CheckpointsRequest>,
+    /// Seconds between states for an exact continuation; 60 by default.
+    pub state_every_s: Option<i64>,
+    pub resources: Option<ResourcesRequest>,
+    /// Higher is sooner; 0 by default.
+    pub priority: Option<i64>,
+    pub labels: Option<BTreeMap<String, String>>,
+    /// The job fails with `timeout` after this many seconds of running; no limit by default.
+    pub max_runtime_s: Option<i64>,
+}
+
+/// Either a preset or all sizes; a size given beside a preset replaces the preset's.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ModelRequest {
+    /// One of the paper's sizes, `llama-9m` to `llama-7b`.
+    pub preset: Option<String>,
+    /// By default the tokenization's.
+    pub vocab_size: Option<i64>,
+    pub hidden_size: Option<i64>,
+    pub intermediate_size: Option<i64>,
+    pub num_hidden_layers: Option<i64>,
+    pub num_attention_heads: Option<i64>,
+    /// Fewer than the attention heads for grouped-query attention; by default as many.
+    pub num_key_value_heads: Option<i64>,
+    /// By default 2048, or the sequence length where that is more.
+    pub max_position_embeddings: Option<i64>,
+    pub rms_norm_eps: Option<f64>,
+    pub rope_theta: Option<f64>,
+    pub initializer_range: Option<f64>,
+    pub tie_word_embeddings: Option<bool>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MethodType {
+    Full,
+    Lora,
+    Relora,
+}
+
+/// A field that does not belong to the named method is refused.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct MethodRequest {
+    #[serde(rename = "type")]
+    pub kind: Option<MethodType>,
+    /// Rank of the LoRA factors; 128 by default.
+    pub rank: Option<i64>,
+    /// The factors' product is scaled by alpha / rank; 32 by default.
+    pub alpha: Option<f64>,
+    /// Dropout on the input of the LoRA branch; 0 by default.
+    pub dropout: Option<f64>,
+    /// Full-rank updates before the model is wrapped; 0 by default.
+    pub warm_start_steps: Option<i64>,
+    /// Learning-rate warm-up at the start of the low-rank phase; by default the schedule's.
+    pub relora_warmup_steps: Option<i64>,
+    pub restart_every_steps: Option<i64>,
+    /// Learning-rate warm-up after a restart; by default a tenth of the cycle, 100 at most.
+    pub restart_warmup_steps: Option<i64>,
+    /// `one_over_w` by default.
+    pub restart_lr: Option<RestartLr>,
+    /// `zero` by default.
+    pub optimizer_reset: Option<OptimizerResetRequest>,
+    /// Allows a last cycle shorter than the others.
+    pub allow_short_last_cycle: Option<bool>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OptimizerResetType {
+    Zero,
+    None,
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct OptimizerResetRequest {
+    #[serde(rename = "type")]
+    pub kind: Option<OptimizerResetType>,
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct OptimizerRequest {
+    /// 1e-3 by default.
+    pub learning_rate: Option<f64>,
+    /// Half of `learning_rate` by default (the paper's rule, read backwards).
+    pub warm_start_learning_rate: Option<f64>,
+    /// [0.9, 0.999] by default.
+    #[schema(value_type = Option<Vec<f64>>, min_items = 2, max_items = 2)]
+    pub betas: Option<[f64; 2]>,
+    pub eps: Option<f64>,
+    /// 0 by default; never on norms and embeddings.
+    pub weight_decay: Option<f64>,
+    /// 1 by default; 0 switches clipping off.
+    pub clip_norm: Option<f64>,
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ScheduleRequest {
+    /// Updates in the whole run, the warm start included. Required.
+    pub num_steps: Option<i64>,
+    /// By default a twentieth of the run, 500 at most.
+    pub warmup_steps: Option<i64>,
+    /// 0.1 by default.
+    pub min_lr_frac: Option<f64>,
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct BatchRequest {
+    /// Sequences per update. Required.
+    pub num_seqs: Option<i64>,
+    /// Required.
+    pub sequence_length: Option<i64>,
+    /// A number of sequences, or `auto`.
+    pub micro_batch_seqs: Option<MicroBatchRequest>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(untagged)]
+pub enum MicroBatchRequest {
+    #[schema(title = "MicroBatchSeqs")]
+    Seqs(i64),
+    #[schema(title = "MicroBatchAuto")]
+    Auto(AutoKeyword),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum AutoKeyword {
+    Auto,
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct EvalRequest {
+    /// 500 by default.
+    pub every_steps: Option<i64>,
+    /// 10,000,000 by default.
+    pub max_tokens: Option<i64>,
+    pub prompts: Option<Vec<String>>,
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct CheckpointsRequest {
+    /// 1000 by default.
+    pub every_steps: Option<i64>,
+}
+
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ResourcesRequest {
+    /// `auto` by default.
+    pub device: Option<Device>,
+    /// 1 by default.
+    pub num_gpus: Option<i64>,
+}
+
+impl TrainSpecRequest {
+    /// Reads a spec and reports every unknown field and wrong type at once.
+    ///
+    /// serde stops at the first mistake, so each offending value is reported, taken out, and the rest
+    /// read again: every field may be absent, hence the remainder always stands on its own.
+    pub fn parse(mut json: Value) -> (Self, Vec<Problem>) {
+        integral_floats_to_integers(&mut json);
+        let mut problems = Vec::new();
+        loop {
+            let error = match serde_path_to_error::deserialize::<_, Self>(&json) {
+                Ok(request) => return (request, problems),
+                Err(error) => error,
+            };
+            let mut pointer = pointer_of(error.path());
+            let message = error.into_inner().to_string();
+            if let Some(field) = message.strip_prefix("unknown field `").and_then(|rest| rest.split('`').next()) {
+                let field = format!("/{}", escape(field));
+                if !pointer.ends_with(&field) {
+                    pointer.push_str(&field);
+                }
+            }
+            let taken_out = take_out(&mut json, &pointer);
+            problems.push(Problem::new(pointer, message));
+            if !taken_out {
+                return (Self::default(), problems);
+            }
+        }
+    }
+}
+
+/// JSON Schema holds 1475.0 to be an integer, serde does not.
+fn integral_floats_to_integers(json: &mut Value) {
+    const EXACT: f64 = 9_007_199_254_740_992.0; // 2^53: below it every integer is a double
+    match json {
+        Value::Number(number) => {
+            if let Some(float) = number.as_f64().filter(|f| number.is_f64() && f.fract() == 0.0 && f.abs() < EXACT) {
+                *json = Value::from(float as i64);
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(integral_floats_to_integers),
+        Value::Object(fields) => fields.values_mut().for_each(integral_floats_to_integers),
+        _ => {}
+    }
+}
+
+fn pointer_of(path: &serde_path_to_error::Path) -> String {
+    use serde_path_to_error::Segment;
+    path.iter()
+        .map(|segment| match segment {
+            Segment::Seq { index } => format!("/{index}"),
+            Segment::Map { key } => format!("/{}", escape(key)),
+            Segment::Enum { variant } => format!("/{}", escape(variant)),
+            Segment::Unknown => String::new(),
+        })
+        .collect()
+}
+
+fn escape(key: &str) -> String {
+    key.replace('~', "~0").replace('/', "~1")
+}
+
+/// Removes the value at `pointer`; false if there is none. An element of an array takes the whole
+/// array with it, because the other elements would move up.
+fn take_out(json: &mut Value, pointer: &str) -> bool {
+    let Some((parent, key)) = pointer.rsplit_once('/') else { return false };
+    let key = key.replace("~1", "/").replace("~0", "~");
+    match json.pointer_mut(parent) {
+        Some(Value::Object(fields)) => fields.remove(&key).is_some(),
+        Some(Value::Array(_)) => take_out(json, parent),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn pointers(json: Value) -> Vec<String> {
+        let (_, problems) = TrainSpecRequest::parse(json);
+        problems.into_iter().map(|problem| problem.pointer).collect()
+    }
+
+    #[test]
+    fn every_unknown_field_and_wrong_type_is_reported_at_once() {
+        let mut found = pointers(json!({
+            "colour": "red",
+            "seed": "zero",
+            "model": {"preset": "llama-9m", "heads": 4},
+            "method": {"type": "relora", "rank": 1.5, "optimizer_reset": {"type": "maybe"}},
+            "optimizer": {"betas": [0.9, "x"]},
+            "batch": {"micro_batch_seqs": "some"},
+        }));
+        found.sort();
+        assert_eq!(
+            found,
+            [
+                "/batch/micro_batch_seqs",
+                "/colour",
+                "/method/optimizer_reset/type",
+                "/method/rank",
+                "/model/heads",
+                "/optimizer/betas/1",
+                "/seed",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_document_that_is_no_object_is_one_problem() {
+        assert_eq!(pointers(json!([1, 2])), [""]);
+        assert_eq!(pointers(json!("spec")), [""]);
+    }
+
+    #[test]
+    fn integers_may_be_written_with_a_fraction_of_zero() {
+        let (request, problems) = TrainSpecRequest::parse(json!({"schedule": {"num_steps": 1475.0}}));
+        assert_eq!(problems, []);
+        assert_eq!(request.schedule.and_then(|s| s.num_steps), Some(1475));
+    }
+}
