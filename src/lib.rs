@@ -1,1 +1,6 @@
+pub mod config;
 pub mod domain;
+pub mod embedded;
+pub mod shutdown;
+pub mod storage;
+pub mod telemetry;
