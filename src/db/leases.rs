@@ -9,7 +9,7 @@ use sqlx::{PgConnection, PgPool};
 
 use crate::domain::{
     contract,
-    ids::{ProjectId, WorkItemId, WorkerId},
+    ids::{WorkItemId, WorkerId},
     spec::Device,
 };
 
@@ -60,12 +60,6 @@ pub enum Outcome {
     LeaseExpired,
 }
 
-#[derive(Debug)]
-pub struct Claimed {
-    pub lease: Lease,
-    pub project: ProjectId,
-}
-
 /// Takes the next item that fits, by priority and then age, and gives the worker a lease on it.
 pub async fn claim(
     connection: &mut PgConnection,
@@ -74,7 +68,7 @@ pub async fn claim(
     device: Device,
     num_gpus: i64,
     lease_s: f64,
-) -> sqlx::Result<Option<Claimed>> {
+) -> sqlx::Result<Option<Lease>> {
     let row = sqlx::query!(
         r#"
         -- db::leases::claim
@@ -103,7 +97,7 @@ pub async fn claim(
             set state = 'leased', lease_epoch = w.lease_epoch + 1, desired = 'run'
             from next
             where w.id = next.id
-            returning w.id, w.project_id, w.lease_epoch
+            returning w.id, w.lease_epoch
         ), leased as (
             insert into leases (work_item_id, lease_epoch, worker_id, expires_at)
             select id, lease_epoch, $1, now() + make_interval(secs => $5) from taken
@@ -111,7 +105,7 @@ pub async fn claim(
             insert into attempts (work_item_id, lease_epoch, worker_id)
             select id, lease_epoch, $1 from taken
         )
-        select id as "id: WorkItemId", project_id as "project: ProjectId", lease_epoch from taken
+        select id as "id: WorkItemId", lease_epoch from taken
         "#,
         worker.as_str(),
         kind as WorkKind,

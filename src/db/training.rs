@@ -31,6 +31,8 @@ pub struct Training {
 pub struct ResumePoint {
     pub node: NodeId,
     pub step: i64,
+    /// Restarts done before the state.
+    pub restart: i64,
 }
 
 /// Begins an attempt on the job of a claimed item: names the state that it goes on from, and takes
@@ -56,7 +58,7 @@ pub async fn begin_attempt(connection: &mut PgConnection, lease: &Lease) -> Resu
         ResumePoint,
         r#"
         -- db::training::begin_attempt: state
-        select id as "node: NodeId", step from nodes
+        select id as "node: NodeId", step, restart from nodes
         where job_id = $1 and kind = 'state' and not superseded
         order by step desc limit 1
         "#,
