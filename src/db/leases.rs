@@ -116,8 +116,7 @@ pub async fn claim(
     )
     .fetch_optional(connection)
     .await?;
-    Ok(row
-        .map(|row| Claimed { lease: Lease { work_item: row.id, lease_epoch: row.lease_epoch }, project: row.project }))
+    Ok(row.map(|row| Lease { work_item: row.id, lease_epoch: row.lease_epoch }))
 }
 
 /// Renews a lease and returns what its holder is to do. An expired lease that nobody has taken yet is

@@ -19,7 +19,7 @@ use crate::{
         job::{Failure, FailureKind},
     },
     shutdown::Shutdown,
-    storage::Key,
+    storage::{Key, Uploaded},
 };
 
 const FILES: [&str; 5] =
@@ -56,9 +56,9 @@ async fn attempt(agent: &Agent, lease: &Lease, ingestion: &Ingestion) -> Result<
     let name = format!("{}-{}", ingestion.tokenization, lease.lease_epoch);
     let folder = agent.work_dir.attempt(&name).map_err(storage)?;
     let raw = folder.path().join("raw");
-    let size_bytes = ingestion.size_bytes.unsigned_abs();
-    let key = Key::stored(ingestion.object_key.clone());
-    agent.store.download_to(&key, &raw, size_bytes, &ingestion.sha256).await.map_err(|error| storage(error.into()))?;
+    let key = Key::from(ingestion.object_key.clone());
+    let expected = Uploaded { bytes: ingestion.size_bytes.unsigned_abs(), sha256: ingestion.sha256.clone() };
+    agent.store.download_to(&key, &raw, &expected).await.map_err(|error| storage(error.into()))?;
 
     let (is_jsonl, vocab_size, validation_frac) =
         (ingestion.format == "jsonl", ingestion.vocab_size, ingestion.validation_frac);
@@ -88,7 +88,7 @@ async fn upload(
 ) -> Result<Vec<StoredFile>> {
     let mut files = Vec::with_capacity(FILES.len());
     for name in FILES {
-        let key = Key::tokenization_file(&ingestion.tokenization, lease.lease_epoch, name)?;
+        let key = Key::tokenization_file(&ingestion.tokenization, lease.lease_epoch, name);
         let uploaded =
             agent.store.upload_file(&key, &folder.join(name)).await.with_context(|| format!("upload {name}"))?;
         files.push(StoredFile {

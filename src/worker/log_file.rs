@@ -148,7 +148,7 @@ impl Shipment {
         if size_bytes == self.stored_bytes {
             return Ok(());
         }
-        let key = Key::log(&self.job, self.lease.lease_epoch)?;
+        let key = Key::log(&self.job, self.lease.lease_epoch);
         self.store.put_bytes(&key, log.into()).await?;
         training::set_log(&self.pool, &self.lease, key.as_str(), i64::try_from(size_bytes)?).await?;
         self.stored_bytes = size_bytes;

@@ -15,7 +15,7 @@ use crate::{
         training::{ResumePoint, Training},
     },
     domain::lineage::{self, FROZEN_FILE, NodeKind},
-    storage::{Key, Store},
+    storage::{Key, Store, Uploaded},
 };
 
 /// An attempt's folder, filled.
@@ -72,7 +72,7 @@ async fn download(store: &Store, file: &StoredFile, path: &Path) -> Result<()> {
     if let Some(parent) = path.parent() {
         tokio::fs::create_dir_all(parent).await.with_context(|| format!("create {}", parent.display()))?;
     }
-    let key = Key::stored(file.object_key.clone());
-    store.download_to(&key, path, u64::try_from(file.size_bytes)?, &file.sha256).await?;
+    let expected = Uploaded { bytes: u64::try_from(file.size_bytes)?, sha256: file.sha256.clone() };
+    store.download_to(&Key::from(file.object_key.clone()), path, &expected).await?;
     Ok(())
 }

@@ -76,7 +76,7 @@ impl Uploader {
         if let Some(stored) = self.stored.get(&file.path) {
             return Ok(StoredFile { name: file.name.clone(), ..stored.clone() });
         }
-        let key = Key::attempt(&self.job, self.lease.lease_epoch, &file.path)?;
+        let key = Key::attempt(&self.job, self.lease.lease_epoch, &file.path);
         let path = self.out.join(&file.path);
         let mut backoff = Backoff::new();
         let uploaded = loop {
@@ -135,7 +135,7 @@ impl Uploader {
         })
         .await?;
         self.stored.retain(|_, file| !unnamed.contains(&file.object_key));
-        let keys: Vec<_> = unnamed.into_iter().map(Key::stored).collect();
+        let keys: Vec<_> = unnamed.into_iter().map(Key::from).collect();
         if let Err(error) = self.store.delete(&keys).await {
             tracing::warn!(%error, job.id = %self.job, "could not delete old states; their objects are left behind");
         }
