@@ -1,3 +1,9 @@
+pub mod cli;
 pub mod client;
+pub mod config;
 pub mod db;
 pub mod domain;
+pub mod embedded;
+pub mod shutdown;
+pub mod storage;
+pub mod telemetry;

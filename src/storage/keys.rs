@@ -1,0 +1,90 @@
+//! Where each kind of object lies in the bucket. No key is made anywhere else.
+
+use super::{Result, StorageError};
+use crate::domain::{
+    ids::{DatasetId, JobId, TokenizationId},
+    lineage::attempt_key,
+};
+
+/// The longest key, with the store's prefix. The embedded store makes a file's name of it, encoded.
+pub const MAX_KEY_BYTES: usize = 120;
+
+/// The name of an object, below the store's prefix.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Key(String);
+
+impl Key {
+    /// A dataset's raw bytes. The token sets one upload apart from another try.
+    pub fn dataset(dataset: &DatasetId, upload_token: &str) -> Self {
+        Self(format!("d/{dataset}/{upload_token}"))
+    }
+
+    /// A file of a tokenization.
+    pub fn tokenization_file(tokenization: &TokenizationId, lease_epoch: i64, name: &str) -> Self {
+        Self(format!("t/{tokenization}/{lease_epoch}/{name}"))
+    }
+
+    /// A file that a trainer wrote; the path is relative to its output folder.
+    pub fn attempt(job: &JobId, lease_epoch: i64, path: &str) -> Self {
+        Self(attempt_key(job, lease_epoch, path))
+    }
+
+    /// The trainer's log of one attempt.
+    pub fn log(job: &JobId, lease_epoch: i64) -> Self {
+        Self::attempt(job, lease_epoch, "trainer.log")
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The whole key, if it is one that every store keeps apart from all others.
+    pub(super) fn below(&self, prefix: &str) -> Result<String> {
+        let whole = if prefix.is_empty() { self.0.clone() } else { format!("{prefix}/{}", self.0) };
+        let reason = if whole.len() > MAX_KEY_BYTES {
+            format!("it has {} bytes with the store's prefix, and {MAX_KEY_BYTES} are allowed", whole.len())
+        } else if whole.split('/').any(|segment| ["", ".", ".."].contains(&segment)) {
+            "a part of it between slashes is empty, '.' or '..'".to_owned()
+        } else if whole.chars().any(char::is_control) {
+            "it has control characters".to_owned()
+        } else {
+            return Ok(whole);
+        };
+        Err(StorageError::InvalidKey { key: self.clone(), reason })
+    }
+}
+
+/// A key that was made here before and kept in the database.
+impl From<String> for Key {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
+impl std::fmt::Display for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Key, MAX_KEY_BYTES};
+    use crate::domain::ids::JobId;
+
+    #[test]
+    fn the_longest_file_of_a_trainer_fits_below_the_longest_prefix() {
+        let key = Key::attempt(&JobId::new(), 999, "checkpoints/1000000/generation_config.json");
+        assert_eq!(key.below(&"p".repeat(30)).unwrap().len(), MAX_KEY_BYTES - 2);
+    }
+
+    #[test]
+    fn keys_that_are_too_long_or_name_something_else_are_refused() {
+        let long = Key::from("k".repeat(MAX_KEY_BYTES));
+        assert!(long.below("").is_ok());
+        assert!(long.below("p").unwrap_err().to_string().contains("122 bytes"));
+        for bad in ["", "a//b", "a/../b", "./a", "a/", "a\nb"] {
+            assert!(Key::from(bad.to_owned()).below("p").is_err(), "{bad:?}");
+        }
+    }
+}
