@@ -11,6 +11,8 @@
 //!                            domain            config, telemetry, shutdown: leaves, passed down
 //! ```
 
+pub mod cli;
+pub mod client;
 pub mod config;
 pub mod db;
 pub mod domain;
