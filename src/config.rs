@@ -217,9 +217,17 @@ impl WorkerConfig {
 }
 
 impl ClientConfig {
-    /// The settings of this process.
-    pub fn from_env() -> Result<Self, ConfigError> {
-        Self::read(&reader::process_variable, &Machine::this())
+    /// The settings of this process; what its arguments say comes before its variables.
+    pub fn from_args(url: Option<String>, api_key: Option<String>) -> Result<Self, ConfigError> {
+        let lookup = |name: &str| {
+            let argument = match name {
+                "RELORA_URL" => url.clone(),
+                "RELORA_API_KEY" => api_key.clone(),
+                _ => None,
+            };
+            argument.or_else(|| reader::process_variable(name))
+        };
+        Self::read(&lookup, &Machine::this())
     }
 
     /// The settings that `lookup` gives, and for what it does not give those of the data folder.

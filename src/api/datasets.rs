@@ -183,7 +183,7 @@ pub async fn upload_dataset_content(
 ) -> ApiResult<Json<Dataset>> {
     let format = content_format(&headers).ok_or(ApiError::UnsupportedMediaType("text/plain or application/jsonl"))?;
     let expected_bytes = content_length(&headers);
-    let limit_bytes = state.limits.max_upload_bytes;
+    let limit_bytes = state.limits.max_upload_bytes.cast_signed();
     if expected_bytes.is_some_and(|bytes| bytes > limit_bytes) {
         return Err(ApiError::TooLarge { limit_bytes });
     }

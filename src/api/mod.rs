@@ -22,6 +22,7 @@ mod router;
 mod tokenizations;
 mod upload;
 
+use anyhow::Context;
 use sqlx::PgPool;
 use tokio::net::TcpListener;
 
@@ -37,7 +38,7 @@ use crate::{
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// Largest content of a dataset.
-    pub max_upload_bytes: i64,
+    pub max_upload_bytes: u64,
 }
 
 /// What handlers work with; a clone shares it.
@@ -66,9 +67,9 @@ impl AppState {
     }
 }
 
-/// Serves until the state's shutdown is triggered and every request is answered; streams end then.
-pub async fn serve(listener: TcpListener, state: AppState) -> std::io::Result<()> {
-    let shutdown = state.shutdown.clone();
+/// Serves until `shutdown`, and until every request is answered; streams end then.
+pub async fn serve(listener: TcpListener, state: AppState, shutdown: Shutdown) -> anyhow::Result<()> {
     let (router, _) = router(state);
-    axum::serve(listener, router).with_graceful_shutdown(async move { shutdown.wait().await }).await
+    let stop = async move { shutdown.wait().await };
+    axum::serve(listener, router).with_graceful_shutdown(stop).await.context("serve the API")
 }

@@ -144,7 +144,7 @@ async fn pass_on(
     chunks: &mut BodyDataStream,
     sender: &Sender,
 ) -> Result<i64, PumpError> {
-    let limit_bytes = state.limits.max_upload_bytes;
+    let limit_bytes = state.limits.max_upload_bytes.cast_signed();
     let mut check = ContentCheck::new(upload.format);
     let mut received_bytes = 0;
     let broken = |received_bytes, reason: String| {

@@ -1,7 +1,7 @@
 //! Projects and their API keys. A key is stored as its SHA-256 alone.
 
 use sha2::{Digest, Sha256};
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
 use crate::domain::ids::{ApiKeyId, ProjectId};
@@ -49,27 +49,39 @@ pub async fn ensure_first_key(pool: &PgPool) -> sqlx::Result<Option<String>> {
         return Ok(None);
     }
 
+    let key = insert_key(&mut tx, "first key").await?;
+    tx.commit().await?;
+    Ok(Some(key))
+}
+
+/// Makes one more key for everything in the project `default`. It is returned this once.
+pub async fn create_key(pool: &PgPool, name: &str) -> sqlx::Result<String> {
+    let mut connection = pool.acquire().await?;
+    insert_key(&mut connection, name).await
+}
+
+async fn insert_key(connection: &mut PgConnection, name: &str) -> sqlx::Result<String> {
     let (project, id) = (ProjectId::new(), ApiKeyId::new());
     let key = format!("rl_{}{}", Uuid::new_v4().simple(), Uuid::new_v4().simple());
     sqlx::query!(
         r#"
-        -- db::keys::ensure_first_key: make
+        -- db::keys::insert_key
         with named as (
             insert into projects (id, name) values ($1, 'default')
             on conflict (name) do update set name = excluded.name
             returning id
         )
         insert into api_keys (id, project_id, name, key_sha256, scopes)
-        select $2, id, 'first key', $3, array['read', 'write'] from named
+        select $2, id, $4, $3, array['read', 'write'] from named
         "#,
         project.as_str(),
         id.as_str(),
         sha256(&key),
+        name,
     )
-    .execute(&mut *tx)
+    .execute(connection)
     .await?;
-    tx.commit().await?;
-    Ok(Some(key))
+    Ok(key)
 }
 
 fn sha256(key: &str) -> Vec<u8> {

@@ -7,12 +7,16 @@ pub mod changes;
 pub mod datasets;
 pub mod events;
 pub mod health;
+pub mod ingestion;
 pub mod jobs;
 pub mod keys;
 pub mod leases;
 pub mod lineage;
 pub mod metrics;
+pub mod nodes;
 pub mod tokenizations;
+pub mod training;
+pub mod workers;
 
 use std::time::Duration;
 

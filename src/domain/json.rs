@@ -101,7 +101,7 @@ fn escape(key: &str) -> String {
 
 /// Removes the value at `pointer`; false if there is none. An element of an array takes the whole
 /// array with it, because the other elements would move up.
-fn take_out(json: &mut Value, pointer: &str) -> bool {
+pub(super) fn take_out(json: &mut Value, pointer: &str) -> bool {
     let Some((parent, key)) = pointer.rsplit_once('/') else { return false };
     let key = key.replace("~1", "/").replace("~0", "~");
     match json.pointer_mut(parent) {

@@ -199,9 +199,33 @@ pub struct ResourcesRequest {
 
 impl TrainSpecRequest {
     /// Reads a spec and reports every unknown field and wrong type at once.
-    pub fn parse(json: Value) -> (Self, Vec<Problem>) {
-        json::parse(json)
+    pub fn parse(mut json: Value) -> (Self, Vec<Problem>) {
+        let mut problems = take_out_arrays(&mut json);
+        let (request, more) = json::parse(json);
+        problems.extend(more);
+        (request, problems)
     }
+}
+
+/// serde also reads an object's fields from an array, in their order: nobody means that.
+fn take_out_arrays(json: &mut Value) -> Vec<Problem> {
+    const OBJECTS: [&str; 9] = [
+        "/model",
+        "/method/optimizer_reset",
+        "/method",
+        "/optimizer",
+        "/schedule",
+        "/batch",
+        "/eval",
+        "/checkpoints",
+        "/resources",
+    ];
+    let is_array = |pointer: &&str| json.pointer(pointer).is_some_and(Value::is_array);
+    let pointers: Vec<_> = OBJECTS.into_iter().filter(is_array).collect();
+    for pointer in &pointers {
+        json::take_out(json, pointer);
+    }
+    pointers.into_iter().map(|pointer| Problem::new(pointer, "must be an object, not an array")).collect()
 }
 
 #[cfg(test)]
@@ -224,6 +248,7 @@ mod tests {
             "method": {"type": "relora", "rank": 1.5, "optimizer_reset": {"type": "maybe"}},
             "optimizer": {"betas": [0.9, "x"]},
             "batch": {"micro_batch_seqs": "some"},
+            "schedule": [1, 100],
         }));
         found.sort();
         assert_eq!(
@@ -235,6 +260,7 @@ mod tests {
                 "/method/rank",
                 "/model/heads",
                 "/optimizer/betas/1",
+                "/schedule",
                 "/seed",
             ]
         );

@@ -1,0 +1,108 @@
+//! `relora base|restart|checkpoint …`: the weights that a job left, and how they are brought home.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use clap::Subcommand;
+use serde_json::Value;
+
+use super::{
+    Outcome, download,
+    download::Fetched,
+    http::{Http, parse},
+    print,
+    resources::Node,
+};
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    List {
+        #[arg(long)]
+        job: String,
+        /// Also what a later attempt replaced.
+        #[arg(long)]
+        include_superseded: bool,
+        #[arg(long)]
+        json: bool,
+    },
+    Show {
+        id: String,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Download every file and check its SHA-256. Run again, it goes on where it broke off.
+    Download {
+        id: String,
+        /// The folder to download to; made if it is not there.
+        #[arg(long)]
+        out: PathBuf,
+    },
+}
+
+/// `collection` is the resource's name in URLs: bases, restarts or checkpoints.
+pub async fn run(http: &Http, collection: &str, command: Command) -> anyhow::Result<Outcome> {
+    match command {
+        Command::List { job, include_superseded, json } => {
+            let mut filter = vec![("job", job.as_str())];
+            if include_superseded {
+                filter.push(("include_superseded", "true"));
+            }
+            list(http.list(&["v1", collection], &filter).await?, json)?;
+        }
+        Command::Show { id, json } => show(http.get(&["v1", collection, &id]).await?, json)?,
+        Command::Download { id, out } => download(http, collection, &id, &out).await?,
+    }
+    Ok(Outcome::Done)
+}
+
+fn list(items: Vec<Value>, json: bool) -> anyhow::Result<()> {
+    if json {
+        return Ok(print::json_list(items)?);
+    }
+    let mut rows = Vec::with_capacity(items.len());
+    for item in items {
+        let node: Node = parse(item)?;
+        rows.push([
+            node.id.to_string(),
+            node.step.to_string(),
+            node.restart.to_string(),
+            print::size(node.size_bytes),
+            if node.superseded { "superseded".into() } else { String::new() },
+            node.created_at.format("%Y-%m-%d %H:%M:%S").to_string(),
+        ]);
+    }
+    Ok(print::table(["id", "step", "restart", "size", "", "created (UTC)"], &rows)?)
+}
+
+fn show(answer: Value, json: bool) -> anyhow::Result<()> {
+    if json {
+        return Ok(print::json(&answer)?);
+    }
+    let node: Node = parse(answer)?;
+    print::line(&format!(
+        "{}  step {}  restart {}  {}",
+        node.id,
+        node.step,
+        node.restart,
+        print::size(node.size_bytes)
+    ))?;
+    let rows: Vec<_> =
+        node.files.into_iter().map(|file| [file.name, print::size(file.size_bytes), file.sha256]).collect();
+    Ok(print::table(["file", "size", "sha256"], &rows)?)
+}
+
+async fn download(http: &Http, collection: &str, id: &str, out: &Path) -> anyhow::Result<()> {
+    let node: Node = parse(http.get(&["v1", collection, id]).await?)?;
+    tokio::fs::create_dir_all(out).await.with_context(|| format!("make the folder {}", out.display()))?;
+    for file in &node.files {
+        let segments = ["v1", collection, id, "files", &file.name];
+        let fetched = download::fetch(http, &segments, file, out).await?;
+        let how = match fetched {
+            Fetched::Downloaded => "downloaded",
+            Fetched::AlreadyThere => "was there",
+        };
+        let path = out.join(&file.name);
+        print::line(&format!("{how}  {}  {}  sha256 {}", path.display(), print::size(file.size_bytes), file.sha256))?;
+    }
+    Ok(())
+}
