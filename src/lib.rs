@@ -20,4 +20,6 @@ pub mod embedded;
 pub mod shutdown;
 pub mod storage;
 pub mod telemetry;
+#[cfg(feature = "train")]
+pub mod train;
 pub mod worker;
