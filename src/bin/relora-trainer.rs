@@ -3,8 +3,12 @@
 use std::process::ExitCode;
 
 use clap::Parser;
+use relora::train;
 
 fn main() -> ExitCode {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
-    relora::train::run(&relora::train::Args::parse())
+    if std::env::args().nth(1).as_deref() == Some("--probe") {
+        return train::probe();
+    }
+    train::run(&train::Args::parse())
 }

@@ -9,7 +9,6 @@ use std::{
 };
 
 use memmap2::Mmap;
-use serde::Deserialize;
 use tch::{Device, Tensor};
 
 use super::{
@@ -17,40 +16,17 @@ use super::{
     native,
     random::{Draws, Permutation, Purpose},
 };
-use crate::domain::{job::FailureKind, spec::TrainSpec};
-
-/// `tokenization.json`: what the shards hold.
-#[derive(Debug, Deserialize)]
-pub struct Tokenization {
-    format_version: i64,
-    dtype: TokenType,
-    pub vocab_size: i64,
-    train_tokens: i64,
-    valid_tokens: i64,
-    pub eos_token_id: Option<i64>,
-}
-
-#[derive(Debug, Clone, Copy, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum TokenType {
-    U16,
-    U32,
-}
-
-impl TokenType {
-    fn bytes(self) -> usize {
-        match self {
-            Self::U16 => 2,
-            Self::U32 => 4,
-        }
-    }
-}
+use crate::domain::{
+    data::{TOKENIZATION_FILE, TRAIN_TOKENS_FILE, TokenDtype, TokenizationMeta, VALID_TOKENS_FILE},
+    job::FailureKind,
+    spec::TrainSpec,
+};
 
 /// One split: its rows of `sequence_length` tokens. A last, shorter row is left out.
 pub struct Split {
     path: PathBuf,
     bytes: Mmap,
-    dtype: TokenType,
+    dtype: TokenDtype,
     vocab_size: i64,
     sequence_length: i64,
     pub num_rows: i64,
@@ -58,7 +34,7 @@ pub struct Split {
 
 pub struct Dataset {
     pub dir: PathBuf,
-    pub tokenization: Tokenization,
+    pub tokenization: TokenizationMeta,
     pub train: Split,
     pub valid: Split,
     seed: i64,
@@ -66,9 +42,9 @@ pub struct Dataset {
 
 impl Dataset {
     pub fn open(dir: &Path, spec: &TrainSpec) -> Result<Self, TrainError> {
-        let path = dir.join("tokenization.json");
+        let path = dir.join(TOKENIZATION_FILE);
         let json = fs::read(&path).map_err(|error| TrainError::data(&path, error))?;
-        let tokenization: Tokenization =
+        let tokenization: TokenizationMeta =
             serde_json::from_slice(&json).map_err(|error| TrainError::data(&path, error))?;
         if tokenization.format_version != 1 {
             let version = tokenization.format_version;
@@ -86,8 +62,8 @@ impl Dataset {
             |name, num_tokens| Split::open(dir.join(name), &tokenization, num_tokens, spec.batch.sequence_length);
         Ok(Self {
             dir: dir.to_owned(),
-            train: split("train.bin", tokenization.train_tokens)?,
-            valid: split("valid.bin", tokenization.valid_tokens)?,
+            train: split(TRAIN_TOKENS_FILE, tokenization.train_tokens)?,
+            valid: split(VALID_TOKENS_FILE, tokenization.valid_tokens)?,
             seed: spec.seed,
             tokenization,
         })
@@ -106,7 +82,7 @@ impl Dataset {
 }
 
 impl Split {
-    fn open(path: PathBuf, facts: &Tokenization, num_tokens: i64, sequence_length: i64) -> Result<Self, TrainError> {
+    fn open(path: PathBuf, facts: &TokenizationMeta, num_tokens: i64, sequence_length: i64) -> Result<Self, TrainError> {
         let num_rows = num_tokens / sequence_length;
         if num_rows < 1 {
             let reason = format!("its {num_tokens} tokens are fewer than one sequence of {sequence_length}");
@@ -127,10 +103,10 @@ impl Split {
         for row in rows {
             let bytes = &self.bytes[row as usize * row_bytes..][..row_bytes];
             match self.dtype {
-                TokenType::U16 => {
+                TokenDtype::U16 => {
                     tokens.extend(bytes.as_chunks().0.iter().map(|&two| i64::from(u16::from_le_bytes(two))));
                 }
-                TokenType::U32 => {
+                TokenDtype::U32 => {
                     tokens.extend(bytes.as_chunks().0.iter().map(|&four| i64::from(u32::from_le_bytes(four))));
                 }
             }

@@ -26,6 +26,15 @@ pub fn set_up(wanted: spec::Device, num_threads: Option<i32>) -> Result<Device, 
     }
 }
 
+/// The best device that libtorch finds, and the number of GPUs.
+pub fn available() -> (spec::Device, i64) {
+    native::open_cuda();
+    match Cuda::is_available() {
+        true => (spec::Device::Cuda, Cuda::device_count()),
+        false => (spec::Device::Cpu, 0),
+    }
+}
+
 fn num_cores() -> i32 {
     std::thread::available_parallelism().map_or(1, |cores| cores.get() as i32)
 }

@@ -81,7 +81,7 @@ fn encode(tokenizer: &Tokenizer, path: &Path, prompt: &str, dataset: &Dataset) -
     let vocab_size = dataset.tokenization.vocab_size;
     let mut tokens: Vec<_> = encoding.get_ids().iter().map(|&id| i64::from(id)).filter(|&id| id < vocab_size).collect();
     if tokens.is_empty() {
-        tokens.push(dataset.tokenization.eos_token_id.unwrap_or(0));
+        tokens.push(dataset.tokenization.eos_token_id);
     }
     Ok(tokens)
 }
@@ -91,7 +91,7 @@ fn continue_tokens(
     mut tokens: Vec<i64>,
     noise: impl Fn(i64, usize) -> Tensor,
     spec: &TrainSpec,
-    eos_token_id: Option<i64>,
+    eos_token_id: i64,
 ) -> Vec<i64> {
     for position in 0..MAX_NEW_TOKENS {
         // The model has learned on rows of this length and no longer.
@@ -100,7 +100,7 @@ fn continue_tokens(
         let context = Tensor::from_slice(context).view([1, -1]).to_device(noise.device());
         let logits = model.forward(&context, None).select(0, 0).select(0, -1); // (v)
         let next = (logits.to_kind(Kind::Float) / TEMPERATURE + noise).argmax(0, false).int64_value(&[]); // device sync
-        if Some(next) == eos_token_id {
+        if next == eos_token_id {
             break;
         }
         tokens.push(next);

@@ -17,7 +17,7 @@ pub fn full_rank_modules(spec: &ModelSpec) -> Vec<&'static str> {
 }
 
 /// `config.json` of a model.
-pub fn model_config(spec: &ModelSpec, eos_token_id: Option<i64>) -> Value {
+pub fn model_config(spec: &ModelSpec, eos_token_id: i64) -> Value {
     json!({
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": false,
@@ -47,7 +47,7 @@ pub fn model_config(spec: &ModelSpec, eos_token_id: Option<i64>) -> Value {
 }
 
 /// `generation_config.json` of a model.
-pub fn generation_config(eos_token_id: Option<i64>) -> Value {
+pub fn generation_config(eos_token_id: i64) -> Value {
     json!({ "_from_model_config": true, "bos_token_id": null, "eos_token_id": eos_token_id })
 }
 

@@ -26,7 +26,7 @@ pub struct Nodes {
     /// None after writing has failed or ended.
     writer: Option<Writer>,
     data_dir: PathBuf,
-    eos_token_id: Option<i64>,
+    eos_token_id: i64,
     fingerprint: Fingerprint,
     /// The restart whose frozen matrices this process has written, or has read from the same place.
     frozen_on_disk: Option<i64>,
@@ -38,7 +38,7 @@ impl Nodes {
         out_dir: PathBuf,
         events: Events,
         data_dir: PathBuf,
-        eos_token_id: Option<i64>,
+        eos_token_id: i64,
         fingerprint: Fingerprint,
     ) -> Self {
         let writer = Some(Writer::start(out_dir, events));

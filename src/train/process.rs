@@ -52,6 +52,13 @@ pub struct Args {
     pub threads: Option<i32>,
 }
 
+/// Says on stdout what a trainer can use here: one JSON object with `device` and `num_gpus`.
+pub fn probe() -> ExitCode {
+    let (device, num_gpus) = device::available();
+    println!("{}", serde_json::json!({"device": device, "num_gpus": num_gpus}));
+    ExitCode::SUCCESS
+}
+
 /// Runs to the last event. Whatever goes wrong becomes a `Failed` event and a non-zero exit code.
 pub fn run(args: &Args) -> ExitCode {
     let events = Events::new(std::io::stdout());
