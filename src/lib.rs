@@ -18,7 +18,10 @@ pub mod config;
 pub mod db;
 pub mod domain;
 pub mod embedded;
+pub mod serve;
 pub mod shutdown;
 pub mod storage;
 pub mod telemetry;
+#[cfg(feature = "train")]
+pub mod train;
 pub mod worker;
