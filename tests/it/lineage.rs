@@ -70,9 +70,9 @@ async fn the_three_kinds_of_node_are_listed_apart(pool: PgPool) {
     let app = TestApp::start(pool).await;
     let lineage = given_lineage(&app).await;
     let job = &lineage.job;
-    assert_eq!(ids(&app.get(&format!("/v1/bases?job={job}")).await), [lineage.base.clone()]);
-    assert_eq!(ids(&app.get(&format!("/v1/restarts?job={job}")).await), [lineage.restart.clone()]);
-    assert_eq!(ids(&app.get(&format!("/v1/checkpoints?job={job}")).await), [lineage.checkpoint.clone()]);
+    assert_eq!(ids(&app.get(&format!("/v1/bases?job={job}")).await), std::slice::from_ref(&lineage.base));
+    assert_eq!(ids(&app.get(&format!("/v1/restarts?job={job}")).await), std::slice::from_ref(&lineage.restart));
+    assert_eq!(ids(&app.get(&format!("/v1/checkpoints?job={job}")).await), std::slice::from_ref(&lineage.checkpoint));
     let all = app.get(&format!("/v1/checkpoints?job={job}&include_superseded=true")).await;
     assert_eq!(ids(&all), [lineage.superseded.clone(), lineage.checkpoint.clone()]);
     let page = app.get("/v1/checkpoints?include_superseded=true&limit=1").await;

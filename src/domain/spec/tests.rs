@@ -25,7 +25,9 @@ fn good() -> Value {
     })
 }
 
-fn normalise(json: Value) -> Result<(TrainSpec, Vec<String>), Vec<(String, String)>> {
+type Mistakes = Vec<(String, String)>;
+
+fn normalise(json: Value) -> Result<(TrainSpec, Vec<String>), Mistakes> {
     let (request, problems) = TrainSpecRequest::parse(json);
     assert_eq!(problems, []);
     let pairs = |problems: Vec<crate::domain::problem::Problem>| {
