@@ -1,3 +1,16 @@
+//! A ReLoRA training service: a REST API queues pretraining jobs into PostgreSQL, workers execute them
+//! with libtorch, and merged checkpoints and LoRA deltas stream to S3-compatible storage.
+//!
+//! Imports point down:
+//!
+//! ```text
+//! bin, cli, serve -> api   worker   client   train     (no two of these import each other; worker and
+//!                       \     |       |      /           train meet in files and JSON lines)
+//!                     db, storage     |     /
+//!                           \         |    /
+//!                            domain            config, telemetry, shutdown: leaves, passed down
+//! ```
+
 pub mod cli;
 pub mod client;
 pub mod config;
@@ -7,3 +20,4 @@ pub mod embedded;
 pub mod shutdown;
 pub mod storage;
 pub mod telemetry;
+pub mod worker;

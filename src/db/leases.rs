@@ -1,10 +1,228 @@
 //! Claims, leases and fences: who may write what a work item produces.
+//!
+//! The lease epoch rises with every claim and never falls. Whoever writes for a work item names the
+//! epoch of its claim, and the write happens only while a lease with that epoch exists: a worker that
+//! was taken for dead can change nothing any more. Time is the database's `now()` alone.
 
-use crate::domain::ids::WorkItemId;
+use serde::{Deserialize, Serialize};
+use sqlx::{PgConnection, PgPool};
+
+use crate::domain::{
+    contract,
+    ids::{WorkItemId, WorkerId},
+    spec::Device,
+};
 
 /// The right to work on an item, and to write its results, until somebody else claims it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Lease {
     pub work_item: WorkItemId,
     pub lease_epoch: i64,
+}
+
+/// Why a write of a worker did not happen.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    #[error("the lease was lost: the work item was claimed again, requeued or finished")]
+    LeaseLost,
+    #[error(transparent)]
+    Database(#[from] sqlx::Error),
+}
+
+/// What kind of work an item is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, sqlx::Type)]
+#[sqlx(type_name = "text", rename_all = "snake_case")]
+pub enum WorkKind {
+    Train,
+    Ingest,
+}
+
+/// What the holder of a lease is told to do with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, sqlx::Type)]
+#[serde(rename_all = "snake_case")]
+#[sqlx(type_name = "text", rename_all = "snake_case")]
+pub enum Desired {
+    Run,
+    Save,
+    Pause,
+    Cancel,
+    Drain,
+}
+
+/// How an attempt ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, sqlx::Type)]
+#[sqlx(type_name = "text", rename_all = "snake_case")]
+pub enum Outcome {
+    Succeeded,
+    Failed,
+    Released,
+    Cancelled,
+    LeaseExpired,
+}
+
+/// Takes the next item that fits, by priority and then age, and gives the worker a lease on it.
+pub async fn claim(
+    connection: &mut PgConnection,
+    worker: &WorkerId,
+    kind: WorkKind,
+    device: Device,
+    num_gpus: i64,
+    lease_s: f64,
+) -> sqlx::Result<Option<Lease>> {
+    let row = sqlx::query!(
+        r#"
+        -- db::leases::claim
+        with next as (
+            select w.id
+            from work_items w
+            where w.state = 'queued'
+                and w.kind = $2
+                and w.eligible_at <= now()
+                and w.format_version <= $6
+                and (w.device = 'auto' or (w.device = $3 and w.num_gpus <= greatest($4::bigint, 1)))
+                and (
+                    w.kind <> 'train'
+                    or exists (
+                        select 1
+                        from jobs j
+                        join tokenizations t on t.id = j.tokenization_id
+                        where j.work_item_id = w.id and t.state = 'ready'
+                    )
+                )
+            order by w.priority desc, w.created_at, w.id
+            limit 1
+            for update skip locked
+        ), taken as (
+            update work_items w
+            set state = 'leased', lease_epoch = w.lease_epoch + 1, desired = 'run'
+            from next
+            where w.id = next.id
+            returning w.id, w.lease_epoch
+        ), leased as (
+            insert into leases (work_item_id, lease_epoch, worker_id, expires_at)
+            select id, lease_epoch, $1, now() + make_interval(secs => $5) from taken
+        ), attempted as (
+            insert into attempts (work_item_id, lease_epoch, worker_id)
+            select id, lease_epoch, $1 from taken
+        )
+        select id as "id: WorkItemId", lease_epoch from taken
+        "#,
+        worker.as_str(),
+        kind as WorkKind,
+        device as Device,
+        num_gpus,
+        lease_s,
+        contract::FORMAT_VERSION,
+    )
+    .fetch_optional(connection)
+    .await?;
+    Ok(row.map(|row| Lease { work_item: row.id, lease_epoch: row.lease_epoch }))
+}
+
+/// Renews a lease and returns what its holder is to do. An expired lease that nobody has taken yet is
+/// as good as a valid one: an outage of the database harms no healthy run.
+pub async fn heartbeat(pool: &PgPool, lease: &Lease, lease_s: f64) -> Result<Desired, WriteError> {
+    sqlx::query_scalar!(
+        r#"
+        -- db::leases::heartbeat
+        with renewed as (
+            update leases
+            set expires_at = now() + make_interval(secs => $3)
+            where work_item_id = $1 and lease_epoch = $2
+            returning work_item_id
+        )
+        select w.desired as "desired: Desired" from work_items w join renewed on renewed.work_item_id = w.id
+        "#,
+        lease.work_item.as_str(),
+        lease.lease_epoch,
+        lease_s,
+    )
+    .fetch_optional(pool)
+    .await?
+    .ok_or(WriteError::LeaseLost)
+}
+
+/// Makes the surrounding transaction a write of this lease: it fails if the lease is lost, and
+/// nobody can take the item until the transaction ends.
+pub async fn fence(connection: &mut PgConnection, lease: &Lease) -> Result<(), WriteError> {
+    sqlx::query_scalar!(
+        "-- db::leases::fence\nselect lease_epoch from leases where work_item_id = $1 and lease_epoch = $2 for update",
+        lease.work_item.as_str(),
+        lease.lease_epoch,
+    )
+    .fetch_optional(connection)
+    .await?
+    .map(|_| ())
+    .ok_or(WriteError::LeaseLost)
+}
+
+/// Gives up a lease at the end of an attempt: the item is done, or back in the queue after `requeue_after_s`.
+pub async fn end_attempt(
+    connection: &mut PgConnection,
+    lease: &Lease,
+    outcome: Outcome,
+    requeue_after_s: Option<f64>,
+) -> Result<(), WriteError> {
+    fence(connection, lease).await?;
+    sqlx::query!(
+        r#"
+        -- db::leases::end_attempt
+        with given_up as (
+            delete from leases where work_item_id = $1
+        ), ended as (
+            update attempts set ended_at = now(), outcome = $3 where work_item_id = $1 and lease_epoch = $2
+        )
+        update work_items
+        set state = case when $4::double precision is null then 'done' else 'queued' end,
+            eligible_at = now() + make_interval(secs => coalesce($4, 0)),
+            desired = 'run'
+        where id = $1
+        "#,
+        lease.work_item.as_str(),
+        lease.lease_epoch,
+        outcome as Outcome,
+        requeue_after_s,
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Picks one lease that ran out, and keeps others from picking it until the transaction ends.
+pub async fn find_expired(connection: &mut PgConnection) -> sqlx::Result<Option<Lease>> {
+    let row = sqlx::query!(
+        r#"
+        -- db::leases::find_expired
+        select work_item_id as "work_item: WorkItemId", lease_epoch
+        from leases
+        where expires_at < now()
+        limit 1
+        for update skip locked
+        "#,
+    )
+    .fetch_optional(connection)
+    .await?;
+    Ok(row.map(|row| Lease { work_item: row.work_item, lease_epoch: row.lease_epoch }))
+}
+
+/// Lets every lease run out at once. Only for a private database whose single worker is known to be gone.
+pub async fn expire_all(pool: &PgPool) -> sqlx::Result<u64> {
+    let result = sqlx::query!("-- db::leases::expire_all\nupdate leases set expires_at = now() - interval '1 second'")
+        .execute(pool)
+        .await?;
+    Ok(result.rows_affected())
+}
+
+/// Counts one more failure that was not the user's doing, and returns how many there were since the
+/// last progress.
+pub async fn count_infra_failure(connection: &mut PgConnection, work_item: &WorkItemId) -> sqlx::Result<i64> {
+    sqlx::query_scalar!(
+        r#"
+        -- db::leases::count_infra_failure
+        update work_items set infra_failures = infra_failures + 1 where id = $1 returning infra_failures
+        "#,
+        work_item.as_str(),
+    )
+    .fetch_one(connection)
+    .await
 }

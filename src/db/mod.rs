@@ -4,7 +4,11 @@
 //! A function that serves a worker takes its [`leases::Lease`], and writes nothing once that is lost.
 
 pub mod events;
+pub mod ingestion;
 pub mod leases;
+pub mod nodes;
+pub mod training;
+pub mod workers;
 
 use std::time::Duration;
 

@@ -39,6 +39,19 @@ pub const ADAPTER_FILE: &str = "adapter_model.safetensors";
 /// Every file of a node with its size and SHA-256.
 pub const MANIFEST_FILE: &str = "manifest.json";
 
+/// The frozen weights of a cycle (fp32), which every state of that cycle names.
+pub const FROZEN_FILE: &str = "frozen.safetensors";
+
+/// Where the frozen weights of the cycle after `restart` lie in the trainer's output directory.
+pub fn frozen_path(restart: i64) -> String {
+    format!("frozen/{restart}/{FROZEN_FILE}")
+}
+
+/// Whether a path in the output directory is that of frozen weights.
+pub fn is_frozen(path: &str) -> bool {
+    path.starts_with("frozen/")
+}
+
 /// Where a file of an attempt lies in the bucket, below the store's prefix.
 ///
 /// The lease epoch is part of the key, so that a worker that lost its lease can leave an orphan and

@@ -1,6 +1,7 @@
 //! Pure values: what the service talks about. Nothing here does input or output.
 
 pub mod contract;
+pub mod data;
 pub mod ids;
 pub mod job;
 pub mod lineage;

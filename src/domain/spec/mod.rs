@@ -6,6 +6,8 @@
 mod normalise;
 mod presets;
 mod request;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 

@@ -202,8 +202,11 @@ impl TrainSpecRequest {
     /// serde stops at the first mistake, so each offending value is reported, taken out, and the rest
     /// read again: every field may be absent, hence the remainder always stands on its own.
     pub fn parse(mut json: Value) -> (Self, Vec<Problem>) {
+        if !json.is_object() {
+            return (Self::default(), vec![Problem::new("", "a training spec is a JSON object")]);
+        }
         integral_floats_to_integers(&mut json);
-        let mut problems = Vec::new();
+        let mut problems = take_out_arrays(&mut json);
         loop {
             let error = match serde_path_to_error::deserialize::<_, Self>(&json) {
                 Ok(request) => return (request, problems),
@@ -224,6 +227,27 @@ impl TrainSpecRequest {
             }
         }
     }
+}
+
+/// serde also reads an object's fields from an array, in their order: nobody means that.
+fn take_out_arrays(json: &mut Value) -> Vec<Problem> {
+    const OBJECTS: [&str; 9] = [
+        "/model",
+        "/method/optimizer_reset",
+        "/method",
+        "/optimizer",
+        "/schedule",
+        "/batch",
+        "/eval",
+        "/checkpoints",
+        "/resources",
+    ];
+    let is_array = |pointer: &&str| json.pointer(pointer).is_some_and(Value::is_array);
+    let pointers: Vec<_> = OBJECTS.into_iter().filter(is_array).collect();
+    for pointer in &pointers {
+        take_out(json, pointer);
+    }
+    pointers.into_iter().map(|pointer| Problem::new(pointer, "must be an object, not an array")).collect()
 }
 
 /// JSON Schema holds 1475.0 to be an integer, serde does not.
@@ -289,6 +313,7 @@ mod tests {
             "method": {"type": "relora", "rank": 1.5, "optimizer_reset": {"type": "maybe"}},
             "optimizer": {"betas": [0.9, "x"]},
             "batch": {"micro_batch_seqs": "some"},
+            "schedule": [1, 100],
         }));
         found.sort();
         assert_eq!(
@@ -300,6 +325,7 @@ mod tests {
                 "/method/rank",
                 "/model/heads",
                 "/optimizer/betas/1",
+                "/schedule",
                 "/seed",
             ]
         );

@@ -1,0 +1,179 @@
+//! Committing nodes of the lineage: the row is the commit, written when every file is durable.
+
+use serde_json::json;
+use sqlx::{PgConnection, PgPool};
+
+use super::{
+    events::{self, NewEvent},
+    leases::{self, Lease, WriteError},
+    training,
+};
+use crate::domain::{
+    contract::NodeReport,
+    ids::{JobId, NodeId, ProjectId},
+    job::EventType,
+    lineage::NodeKind,
+};
+
+/// A file of a node, as it lies in the bucket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredFile {
+    pub name: String,
+    pub object_key: String,
+    pub size_bytes: i64,
+    pub sha256: String,
+}
+
+/// The files of a node, by name.
+pub async fn files(pool: &PgPool, node: &NodeId) -> sqlx::Result<Vec<StoredFile>> {
+    sqlx::query_as!(
+        StoredFile,
+        r#"
+        -- db::nodes::files
+        select name, object_key, size_bytes, sha256 from node_files where node_id = $1 order by name
+        "#,
+        node.as_str(),
+    )
+    .fetch_all(pool)
+    .await
+}
+
+/// Makes a node visible. Its parent is the job's latest base or restart. A repeated commit changes nothing.
+pub async fn commit(
+    pool: &PgPool,
+    lease: &Lease,
+    project: &ProjectId,
+    job: &JobId,
+    report: &NodeReport,
+    files: &[StoredFile],
+) -> Result<(), WriteError> {
+    let mut tx = pool.begin().await?;
+    leases::fence(&mut tx, lease).await?;
+    let id = NodeId::new();
+    let node = sqlx::query_scalar!(
+        r#"
+        -- db::nodes::commit
+        insert into nodes (id, project_id, job_id, kind, lease_epoch, step, restart, parent_id)
+        values ($1, $2, $3, $4, $5, $6, $7, (
+            select id from nodes
+            where job_id = $3 and kind in ('base', 'restart') and not superseded
+            order by step desc, restart desc
+            limit 1
+        ))
+        on conflict (job_id, lease_epoch, kind, step) do nothing
+        returning id as "id: NodeId"
+        "#,
+        id.as_str(),
+        project.as_str(),
+        job.as_str(),
+        report.kind as NodeKind,
+        lease.lease_epoch,
+        report.step,
+        report.restart,
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    let Some(node) = node else { return Ok(()) };
+    insert_files(&mut tx, &node, files).await?;
+    if report.kind == NodeKind::State {
+        forget_infra_failures(&mut tx, lease).await?;
+    }
+    let stall_ms = [(report.step, "checkpoint_stall_ms", report.stall_ms as f64)];
+    training::insert_metrics(&mut tx, lease, job, &stall_ms).await?;
+    let (kind, message) = announcement(report);
+    let data = json!({"id": node, "step": report.step, "restart": report.restart, "stall_ms": report.stall_ms});
+    events::append(&mut tx, job, NewEvent { kind, lease_epoch: Some(lease.lease_epoch), message: &message, data })
+        .await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+fn announcement(report: &NodeReport) -> (EventType, String) {
+    let (step, restart) = (report.step, report.restart);
+    match report.kind {
+        NodeKind::Base => (EventType::Base, format!("base stored after step {step}")),
+        NodeKind::Restart => (EventType::Restart, format!("restart {restart} merged and stored after step {step}")),
+        NodeKind::Checkpoint => (EventType::Checkpoint, format!("checkpoint stored after step {step}")),
+        NodeKind::State => (EventType::State, format!("state stored after step {step}")),
+    }
+}
+
+async fn insert_files(connection: &mut PgConnection, node: &NodeId, files: &[StoredFile]) -> sqlx::Result<()> {
+    for file in files {
+        sqlx::query!(
+            r#"
+            -- db::nodes::insert_files
+            insert into node_files (node_id, name, object_key, size_bytes, sha256) values ($1, $2, $3, $4, $5)
+            "#,
+            node.as_str(),
+            file.name,
+            file.object_key,
+            file.size_bytes,
+            file.sha256,
+        )
+        .execute(&mut *connection)
+        .await?;
+    }
+    Ok(())
+}
+
+/// A newer state is progress: what failed before it no longer counts.
+async fn forget_infra_failures(connection: &mut PgConnection, lease: &Lease) -> sqlx::Result<()> {
+    sqlx::query!(
+        "-- db::nodes::forget_infra_failures\nupdate work_items set infra_failures = 0 where id = $1",
+        lease.work_item.as_str(),
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Forgets all states of a job but the newest `keep`, and returns the objects that nothing names any more.
+pub async fn drop_old_states(pool: &PgPool, lease: &Lease, job: &JobId, keep: i64) -> Result<Vec<String>, WriteError> {
+    let mut tx = pool.begin().await?;
+    leases::fence(&mut tx, lease).await?;
+    let dropped = sqlx::query_scalar!(
+        r#"
+        -- db::nodes::drop_old_states
+        select f.object_key
+        from node_files f
+        where f.node_id in (
+            select id from nodes
+            where job_id = $1 and kind = 'state'
+            order by superseded, step desc
+            offset $2
+        )
+        "#,
+        job.as_str(),
+        keep,
+    )
+    .fetch_all(&mut *tx)
+    .await?;
+    sqlx::query!(
+        r#"
+        -- db::nodes::drop_old_states: delete
+        delete from nodes where id in (
+            select id from nodes
+            where job_id = $1 and kind = 'state'
+            order by superseded, step desc
+            offset $2
+        )
+        "#,
+        job.as_str(),
+        keep,
+    )
+    .execute(&mut *tx)
+    .await?;
+    let unnamed = sqlx::query_scalar!(
+        r#"
+        -- db::nodes::drop_old_states: unnamed
+        select distinct key as "key!" from unnest($1::text[]) as dropped (key)
+        where not exists (select 1 from node_files where object_key = key)
+        "#,
+        &dropped,
+    )
+    .fetch_all(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(unnamed)
+}

@@ -1,0 +1,372 @@
+//! What a worker writes about a training job. Every function is fenced by the lease of its attempt.
+
+use serde_json::json;
+use sqlx::{PgConnection, PgPool};
+
+use super::{
+    events::{self, NewEvent},
+    leases::{self, Lease, Outcome, WriteError},
+};
+use crate::domain::{
+    contract::{Fingerprint, StepReport},
+    ids::{JobId, NodeId, ProjectId, TokenizationId},
+    job::{EventType, Failure, JobState},
+    spec::TrainSpec,
+};
+
+/// A job whose attempt has begun.
+#[derive(Debug)]
+pub struct Training {
+    pub job: JobId,
+    pub project: ProjectId,
+    pub tokenization: TokenizationId,
+    pub spec: TrainSpec,
+    /// Seconds that earlier attempts ran.
+    pub runtime_s: f64,
+    /// The state that this attempt goes on from.
+    pub resume: Option<ResumePoint>,
+}
+
+#[derive(Debug)]
+pub struct ResumePoint {
+    pub node: NodeId,
+    pub step: i64,
+    /// Restarts done before the state.
+    pub restart: i64,
+}
+
+/// Begins an attempt on the job of a claimed item: names the state that it goes on from, and takes
+/// out of the lineage what an earlier attempt did after that state.
+pub async fn begin_attempt(connection: &mut PgConnection, lease: &Lease) -> Result<Training, WriteError> {
+    leases::fence(connection, lease).await?;
+    let job = sqlx::query!(
+        r#"
+        -- db::training::begin_attempt: job
+        update jobs
+        set state = case when state = 'cancelling' then state else 'starting' end
+        where work_item_id = $1
+        returning id as "id: JobId", project_id as "project: ProjectId", tokenization_id as "tokenization: TokenizationId",
+            spec as "spec: sqlx::types::Json<TrainSpec>",
+            (select coalesce(sum(extract(epoch from ended_at - started_at)), 0)::double precision
+             from attempts where work_item_id = $1) as "runtime_s!"
+        "#,
+        lease.work_item.as_str(),
+    )
+    .fetch_one(&mut *connection)
+    .await?;
+    let resume = sqlx::query_as!(
+        ResumePoint,
+        r#"
+        -- db::training::begin_attempt: state
+        select id as "node: NodeId", step, restart from nodes
+        where job_id = $1 and kind = 'state' and not superseded
+        order by step desc limit 1
+        "#,
+        job.id.as_str(),
+    )
+    .fetch_optional(&mut *connection)
+    .await?;
+    let start_step = resume.as_ref().map_or(0, |resume| resume.step);
+    sqlx::query!(
+        r#"
+        -- db::training::begin_attempt: supersede
+        with started as (
+            update attempts set start_step = $3 where work_item_id = $4 and lease_epoch = $5
+        )
+        update nodes set superseded = true
+        where job_id = $1 and not superseded and (step > $3 or not $2)
+        "#,
+        job.id.as_str(),
+        resume.is_some(),
+        start_step,
+        lease.work_item.as_str(),
+        lease.lease_epoch,
+    )
+    .execute(&mut *connection)
+    .await?;
+    let message = match &resume {
+        Some(resume) => format!("claimed; goes on from the state after step {}", resume.step),
+        None => "claimed; starts from the beginning".to_string(),
+    };
+    let event = NewEvent {
+        kind: EventType::Claimed,
+        lease_epoch: Some(lease.lease_epoch),
+        message: &message,
+        data: json!({"start_step": start_step}),
+    };
+    events::append(connection, &job.id, event).await?;
+    Ok(Training {
+        job: job.id,
+        project: job.project,
+        tokenization: job.tokenization,
+        spec: job.spec.0,
+        runtime_s: job.runtime_s,
+        resume,
+    })
+}
+
+/// The trainer is ready and begins to step.
+pub async fn mark_running(
+    pool: &PgPool,
+    lease: &Lease,
+    job: &JobId,
+    fingerprint: &Fingerprint,
+) -> Result<(), WriteError> {
+    let mut tx = pool.begin().await?;
+    leases::fence(&mut tx, lease).await?;
+    sqlx::query!(
+        r#"
+        -- db::training::mark_running
+        update jobs
+        set state = case when state = 'starting' then 'running' else state end,
+            started_at = coalesce(started_at, now()),
+            numerics = coalesce(numerics, $2)
+        where id = $1
+        "#,
+        job.as_str(),
+        json!(fingerprint),
+    )
+    .execute(&mut *tx)
+    .await?;
+    let event = NewEvent {
+        kind: EventType::Started,
+        lease_epoch: Some(lease.lease_epoch),
+        message: &format!("training on {}", fingerprint.device),
+        data: json!({"fingerprint": fingerprint}),
+    };
+    events::append(&mut tx, job, event).await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+/// Enters the reports of several steps at once; a step that is there already is left as it is.
+pub async fn append_steps(pool: &PgPool, lease: &Lease, job: &JobId, steps: &[StepReport]) -> Result<(), WriteError> {
+    let Some(last) = steps.last() else { return Ok(()) };
+    let mut metrics = Vec::with_capacity(4 * steps.len());
+    for step in steps {
+        metrics.extend([
+            (step.step, "loss", step.loss),
+            (step.step, "grad_norm", step.grad_norm),
+            (step.step, "learning_rate", step.learning_rate),
+            (step.step, "tokens_per_s", step.tokens_per_s),
+        ]);
+    }
+    let mut tx = pool.begin().await?;
+    leases::fence(&mut tx, lease).await?;
+    insert_metrics(&mut tx, lease, job, &metrics).await?;
+    sqlx::query!(
+        r#"
+        -- db::training::append_steps: progress
+        insert into job_progress as p
+            (job_id, lease_epoch, step, loss, learning_rate, tokens_per_s, num_tokens, num_restarts)
+        values ($1, $2, $3, $4, $5, $6, $7, $8)
+        on conflict (job_id) do update
+        set lease_epoch = excluded.lease_epoch, step = excluded.step, loss = excluded.loss,
+            learning_rate = excluded.learning_rate, tokens_per_s = excluded.tokens_per_s,
+            num_tokens = excluded.num_tokens, num_restarts = excluded.num_restarts, updated_at = now()
+        "#,
+        job.as_str(),
+        lease.lease_epoch,
+        last.step,
+        last.loss,
+        last.learning_rate,
+        last.tokens_per_s,
+        last.num_tokens,
+        last.num_restarts,
+    )
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+/// Enters an event, and the metrics that belong to it.
+pub async fn append_event(
+    pool: &PgPool,
+    lease: &Lease,
+    job: &JobId,
+    event: NewEvent<'_>,
+    metrics: &[(i64, &str, f64)],
+) -> Result<(), WriteError> {
+    let mut tx = pool.begin().await?;
+    leases::fence(&mut tx, lease).await?;
+    insert_metrics(&mut tx, lease, job, metrics).await?;
+    events::append(&mut tx, job, event).await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+/// Enters (step, name, value) triples; what is there already is left as it is.
+pub(super) async fn insert_metrics(
+    connection: &mut PgConnection,
+    lease: &Lease,
+    job: &JobId,
+    metrics: &[(i64, &str, f64)],
+) -> sqlx::Result<()> {
+    let steps: Vec<i64> = metrics.iter().map(|(step, _, _)| *step).collect();
+    let names: Vec<String> = metrics.iter().map(|(_, name, _)| (*name).to_owned()).collect();
+    let values: Vec<f64> = metrics.iter().map(|(_, _, value)| *value).collect();
+    sqlx::query!(
+        r#"
+        -- db::training::insert_metrics
+        insert into job_metrics (job_id, lease_epoch, step, name, value)
+        select $1, $2, step, name, value
+        from unnest($3::bigint[], $4::text[], $5::double precision[]) as m (step, name, value)
+        on conflict do nothing
+        "#,
+        job.as_str(),
+        lease.lease_epoch,
+        &steps,
+        &names,
+        &values,
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Names the object that holds the attempt's log.
+pub async fn set_log(pool: &PgPool, lease: &Lease, key: &str, size_bytes: i64) -> Result<(), WriteError> {
+    let mut tx = pool.begin().await?;
+    leases::fence(&mut tx, lease).await?;
+    sqlx::query!(
+        r#"
+        -- db::training::set_log
+        update attempts set log_key = $3, log_bytes = $4 where work_item_id = $1 and lease_epoch = $2
+        "#,
+        lease.work_item.as_str(),
+        lease.lease_epoch,
+        key,
+        size_bytes,
+    )
+    .execute(&mut *tx)
+    .await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+/// How a training attempt ended.
+#[derive(Debug, Clone)]
+pub enum TrainingEnd {
+    Succeeded,
+    Cancelled,
+    /// The worker gives the job back unharmed, because it has to go.
+    Released,
+    Failed(Failure),
+}
+
+/// Attempts in a row that may fail without progress and through no fault of the user.
+const MAX_INFRA_FAILURES: i64 = 5;
+
+/// Ends an attempt and moves the job to where that leaves it.
+pub async fn finish(pool: &PgPool, lease: &Lease, end: &TrainingEnd) -> Result<(), WriteError> {
+    let mut tx = pool.begin().await?;
+    leases::fence(&mut tx, lease).await?;
+    settle(&mut tx, lease, end).await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+/// Takes back the work of workers that have not been heard of for a whole lease. Returns how many.
+pub async fn requeue_expired(pool: &PgPool) -> Result<i64, WriteError> {
+    let mut num_requeued = 0;
+    loop {
+        let mut tx = pool.begin().await?;
+        let Some(lease) = leases::find_expired(&mut tx).await? else { return Ok(num_requeued) };
+        settle_expired(&mut tx, &lease).await?;
+        tx.commit().await?;
+        num_requeued += 1;
+    }
+}
+
+async fn settle_expired(connection: &mut PgConnection, lease: &Lease) -> Result<(), WriteError> {
+    if find_job(connection, lease).await?.is_some() {
+        let message = "the worker was not heard of for a whole lease";
+        let failure = Failure::new(crate::domain::job::FailureKind::Infrastructure, message);
+        return settle_as(connection, lease, &TrainingEnd::Failed(failure), Outcome::LeaseExpired).await;
+    }
+    leases::count_infra_failure(connection, &lease.work_item).await?;
+    leases::end_attempt(connection, lease, Outcome::LeaseExpired, Some(0.0)).await
+}
+
+async fn settle(connection: &mut PgConnection, lease: &Lease, end: &TrainingEnd) -> Result<(), WriteError> {
+    let outcome = match end {
+        TrainingEnd::Succeeded => Outcome::Succeeded,
+        TrainingEnd::Cancelled => Outcome::Cancelled,
+        TrainingEnd::Released => Outcome::Released,
+        TrainingEnd::Failed(_) => Outcome::Failed,
+    };
+    settle_as(connection, lease, end, outcome).await
+}
+
+async fn settle_as(
+    connection: &mut PgConnection,
+    lease: &Lease,
+    end: &TrainingEnd,
+    outcome: Outcome,
+) -> Result<(), WriteError> {
+    let Some((job, state)) = find_job(connection, lease).await? else {
+        return Err(sqlx::Error::RowNotFound.into());
+    };
+    let cancelling = state == JobState::Cancelling;
+    let mut requeue_after_s = None;
+    let (state, failure, kind, message) = match end {
+        TrainingEnd::Succeeded => (JobState::Succeeded, None, EventType::Succeeded, "all steps done".to_string()),
+        TrainingEnd::Cancelled => (JobState::Cancelled, None, EventType::Cancelled, "cancelled".to_string()),
+        // Nobody waits for another attempt of a job that is being cancelled.
+        _ if cancelling => (JobState::Cancelled, None, EventType::Cancelled, "cancelled".to_string()),
+        TrainingEnd::Released => {
+            requeue_after_s = Some(0.0);
+            (JobState::Queued, None, EventType::Requeued, "the worker is going; the job waits for another".to_string())
+        }
+        TrainingEnd::Failed(failure) => {
+            let failures = match failure.retryable {
+                true => leases::count_infra_failure(connection, &lease.work_item).await?,
+                false => i64::MAX,
+            };
+            if failures <= MAX_INFRA_FAILURES {
+                let backoff_s = 2f64.powi(failures as i32 - 1) - 1.0;
+                requeue_after_s = Some(backoff_s);
+                let message = format!("{}; another attempt in {backoff_s} s", failure.message);
+                (JobState::Queued, None, EventType::Requeued, message)
+            } else {
+                (JobState::Failed, Some(failure), EventType::Failed, failure.message.clone())
+            }
+        }
+    };
+    leases::end_attempt(connection, lease, outcome, requeue_after_s).await?;
+    sqlx::query!(
+        r#"
+        -- db::training::settle
+        update jobs
+        set state = $2, failure = $3, finished_at = case when $4 then now() end
+        where id = $1
+        "#,
+        job.as_str(),
+        state as JobState,
+        failure.map(|failure| json!(failure)),
+        state.is_final(),
+    )
+    .execute(&mut *connection)
+    .await?;
+    let data = match end {
+        TrainingEnd::Failed(failure) => json!({"failure": failure}),
+        _ => json!({}),
+    };
+    let event = NewEvent { kind, lease_epoch: Some(lease.lease_epoch), message: &message, data };
+    events::append(connection, &job, event).await?;
+    Ok(())
+}
+
+async fn find_job(connection: &mut PgConnection, lease: &Lease) -> sqlx::Result<Option<(JobId, JobState)>> {
+    let row = sqlx::query!(
+        r#"
+        -- db::training::find_job
+        select id as "id: JobId", state as "state: JobState" from jobs where work_item_id = $1 for update
+        "#,
+        lease.work_item.as_str(),
+    )
+    .fetch_optional(connection)
+    .await?;
+    Ok(row.map(|row| (row.id, row.state)))
+}

@@ -1,0 +1,102 @@
+//! One attempt on a tokenization: fetch the raw text, make tokens of it, store them.
+
+use anyhow::{Context, Result};
+
+use super::{
+    Agent,
+    lease_keeper::LeaseKeeper,
+    retry::until_written,
+    tokenize::{TokenizeRequest, Tokenized, tokenize},
+};
+use crate::{
+    db::{
+        ingestion::{self, Counts, Ingestion},
+        leases::Lease,
+        nodes::StoredFile,
+    },
+    domain::{
+        data::{TOKENIZATION_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, TRAIN_TOKENS_FILE, VALID_TOKENS_FILE},
+        job::{Failure, FailureKind},
+    },
+    shutdown::Shutdown,
+    storage::{Key, Uploaded},
+};
+
+const FILES: [&str; 5] =
+    [TRAIN_TOKENS_FILE, VALID_TOKENS_FILE, TOKENIZATION_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE];
+
+/// Runs the attempt and settles the tokenization.
+pub async fn run(agent: &Agent, lease: &Lease, ingestion: Ingestion, shutdown: &Shutdown) {
+    let id = &ingestion.tokenization;
+    tracing::info!(tokenization.id = %id, lease.epoch = lease.lease_epoch, "tokenization claimed");
+    let keeper = LeaseKeeper::start(agent.pool.clone(), lease.clone(), agent.config.lease_s);
+    let work = async {
+        match shutdown.run_until(attempt(agent, lease, &ingestion)).await {
+            None => until_written("release", || ingestion::release(&agent.pool, lease, id)).await,
+            Some(Ok((counts, files))) => {
+                until_written("complete", || ingestion::complete(&agent.pool, lease, id, counts, &files)).await
+            }
+            Some(Err(failure)) => {
+                tracing::warn!(tokenization.id = %id, kind = ?failure.kind, failure.message, "tokenization failed");
+                until_written("fail", || ingestion::fail(&agent.pool, lease, id, &failure)).await
+            }
+        }
+    };
+    tokio::select! {
+        outcome = work => match outcome {
+            Ok(()) => tracing::info!(tokenization.id = %id, lease.epoch = lease.lease_epoch, "attempt ended"),
+            Err(error) => tracing::error!(tokenization.id = %id, %error, "could not settle the tokenization"),
+        },
+        () = keeper.lost() => {}
+    }
+}
+
+async fn attempt(agent: &Agent, lease: &Lease, ingestion: &Ingestion) -> Result<(Counts, Vec<StoredFile>), Failure> {
+    let storage = |error: anyhow::Error| Failure::new(FailureKind::Storage, format!("{error:#}"));
+    let name = format!("{}-{}", ingestion.tokenization, lease.lease_epoch);
+    let folder = agent.work_dir.attempt(&name).map_err(storage)?;
+    let raw = folder.path().join("raw");
+    let key = Key::from(ingestion.object_key.clone());
+    let expected = Uploaded { bytes: ingestion.size_bytes.unsigned_abs(), sha256: ingestion.sha256.clone() };
+    agent.store.download_to(&key, &raw, &expected).await.map_err(|error| storage(error.into()))?;
+
+    let (is_jsonl, vocab_size, validation_frac) =
+        (ingestion.format == "jsonl", ingestion.vocab_size, ingestion.validation_frac);
+    let out = folder.path().to_owned();
+    let tokenized = tokio::task::spawn_blocking(move || {
+        tokenize(&TokenizeRequest { raw: &raw, is_jsonl, vocab_size, validation_frac }, &out)
+    });
+    let tokenized = tokenized
+        .await
+        .map_err(|error| Failure::new(FailureKind::Internal, format!("the tokenizer failed: {error}")))?
+        .map_err(|error| Failure::new(FailureKind::Data, format!("could not tokenize the dataset: {error:#}")))?;
+
+    let files = upload(agent, lease, ingestion, folder.path()).await.map_err(storage)?;
+    Ok((counts(tokenized), files))
+}
+
+fn counts(tokenized: Tokenized) -> Counts {
+    let Tokenized { tokenizer_vocab_size, train_tokens, valid_tokens, train_documents, valid_documents } = tokenized;
+    Counts { tokenizer_vocab_size, train_tokens, valid_tokens, train_documents, valid_documents }
+}
+
+async fn upload(
+    agent: &Agent,
+    lease: &Lease,
+    ingestion: &Ingestion,
+    folder: &std::path::Path,
+) -> Result<Vec<StoredFile>> {
+    let mut files = Vec::with_capacity(FILES.len());
+    for name in FILES {
+        let key = Key::tokenization_file(&ingestion.tokenization, lease.lease_epoch, name);
+        let uploaded =
+            agent.store.upload_file(&key, &folder.join(name)).await.with_context(|| format!("upload {name}"))?;
+        files.push(StoredFile {
+            name: name.to_owned(),
+            object_key: key.as_str().to_owned(),
+            size_bytes: i64::try_from(uploaded.bytes)?,
+            sha256: uploaded.sha256,
+        });
+    }
+    Ok(files)
+}

@@ -1,0 +1,153 @@
+//! `relora train`: runs the trainer by hand, without a server. The same contract, the same files.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use super::{
+    tokenize::{TokenizeRequest, tokenize},
+    trainer::{self, Trainer, TrainerArgs},
+};
+use crate::{
+    domain::{
+        contract::{Command, Event},
+        data::{TOKENIZATION_FILE, TokenizationMeta},
+        ids::{DatasetId, TokenizationId},
+        lineage::NodeKind,
+        spec::{DataFacts, SpecLimits, TrainSpec, TrainSpecRequest},
+    },
+    shutdown::Shutdown,
+};
+
+/// What to train, on what, and where the results go.
+#[derive(Debug)]
+pub struct LocalRun {
+    pub trainer: PathBuf,
+    pub threads: usize,
+    /// A training spec as it is sent to the service; `dataset` and `tokenization` are not read.
+    pub spec: PathBuf,
+    pub out: PathBuf,
+    pub data: LocalData,
+    /// Go on from the newest state in `out`.
+    pub resume: bool,
+}
+
+/// Where the tokens come from.
+#[derive(Debug)]
+pub enum LocalData {
+    /// A folder with the files of a tokenization.
+    Tokens(PathBuf),
+    /// A text file, or JSON lines, to tokenize first.
+    Text { path: PathBuf, vocab_size: i64, validation_frac: f64 },
+}
+
+/// Trains to the end, or to a saved state when told to stop. Fails with the trainer's reason.
+pub async fn train(run: LocalRun, shutdown: Shutdown) -> Result<()> {
+    std::fs::create_dir_all(&run.out).with_context(|| format!("create {}", run.out.display()))?;
+    let data = match run.data {
+        LocalData::Tokens(folder) => folder,
+        LocalData::Text { path, vocab_size, validation_frac } => {
+            let folder = run.out.join("data");
+            std::fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
+            let is_jsonl = path.extension().is_some_and(|extension| extension == "jsonl");
+            println!("tokenizing {}", path.display());
+            let request = TokenizeRequest { raw: &path, is_jsonl, vocab_size, validation_frac };
+            let tokenized = tokenize(&request, &folder)?;
+            println!("{} training and {} validation tokens", tokenized.train_tokens, tokenized.valid_tokens);
+            folder
+        }
+    };
+    let (_, max_gpus) = trainer::probe(&run.trainer).await?;
+    let spec = read_spec(&run.spec, &data, max_gpus)?;
+    let normalised = run.out.join("spec.json");
+    std::fs::write(&normalised, serde_json::to_vec_pretty(&spec)?)?;
+    let args = TrainerArgs {
+        program: &run.trainer,
+        spec: normalised,
+        data,
+        resume: if run.resume { Some(newest_state(&run.out)?) } else { None },
+        out: run.out.clone(),
+        threads: run.threads,
+    };
+    let log = run.out.join("trainer.log");
+    let mut trainer = Trainer::spawn(&args, &log).await?;
+    let mut stopping = false;
+    loop {
+        let event = tokio::select! {
+            event = trainer.next_event() => event?,
+            () = shutdown.wait(), if !stopping => {
+                stopping = true;
+                println!("stopping; the state is saved at the next step");
+                trainer.send(Command::Stop).await;
+                continue;
+            }
+        };
+        let Some(event) = event else { break };
+        print(&event, spec.schedule.num_steps);
+        match event {
+            Event::Done { .. } | Event::Stopped { .. } => return Ok(()),
+            Event::Failed { kind, message } => {
+                bail!("the training failed ({kind:?}): {message}; see {}", log.display())
+            }
+            _ => {}
+        }
+    }
+    let exit = trainer.wait().await;
+    bail!("the trainer ended without a reason ({exit:?}); its last lines were:\n{}", trainer.log.tail())
+}
+
+fn read_spec(path: &Path, data: &Path, max_gpus: i64) -> Result<TrainSpec> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("read the spec {}", path.display()))?;
+    let json: Value = serde_json::from_str(&text).with_context(|| format!("read the spec {}", path.display()))?;
+    let meta = data.join(TOKENIZATION_FILE);
+    let text = std::fs::read_to_string(&meta).with_context(|| {
+        format!("read {}: name a text with --text, or a folder of tokens with --data", meta.display())
+    })?;
+    let meta: TokenizationMeta = serde_json::from_str(&text).with_context(|| format!("read {}", meta.display()))?;
+    let facts = DataFacts {
+        dataset: DatasetId::from("local".to_owned()),
+        tokenization: TokenizationId::from("local".to_owned()),
+        vocab_size: meta.vocab_size,
+        train_tokens: Some(meta.train_tokens),
+        valid_tokens: Some(meta.valid_tokens),
+    };
+    let (request, mut problems) = TrainSpecRequest::parse(json);
+    match request.normalise(Some(&facts), SpecLimits { max_gpus }) {
+        Ok((spec, warnings)) if problems.is_empty() => {
+            warnings.iter().for_each(|warning| println!("warning: {warning}"));
+            return Ok(spec);
+        }
+        Ok(_) => {}
+        Err(more) => problems.extend(more),
+    }
+    let lines: Vec<_> = problems.iter().map(|problem| format!("  {} {}", problem.pointer, problem.message)).collect();
+    bail!("the spec {} is not valid:\n{}", path.display(), lines.join("\n"))
+}
+
+fn newest_state(out: &Path) -> Result<PathBuf> {
+    let states = out.join(NodeKind::State.folder());
+    let step_of = |path: &Path| path.file_name()?.to_str()?.parse::<i64>().ok();
+    let entries = std::fs::read_dir(&states).with_context(|| format!("look for states in {}", states.display()))?;
+    let newest = entries.filter_map(|entry| Some(entry.ok()?.path())).max_by_key(|path| step_of(path));
+    newest.filter(|path| step_of(path).is_some()).with_context(|| format!("there is no state in {}", states.display()))
+}
+
+fn print(event: &Event, num_steps: i64) {
+    match event {
+        Event::Ready { device, step, num_params, .. } => {
+            println!("training {num_params} parameters on {device}, from step {step} of {num_steps}");
+        }
+        Event::Step(report) => println!(
+            "step {}/{num_steps}  loss {:.4}  lr {:.2e}  grad norm {:.3}  {:.0} tokens/s",
+            report.step, report.loss, report.learning_rate, report.grad_norm, report.tokens_per_s
+        ),
+        Event::Eval { step, perplexity, .. } => println!("step {step}: validation perplexity {perplexity:.3}"),
+        Event::Node(node) => println!("step {}: {:?} written ({} ms stall)", node.step, node.kind, node.stall_ms),
+        Event::Sample { prompt, text, .. } => println!("--- {prompt}{text}"),
+        Event::Warning { step, message } => println!("step {step}: warning: {message}"),
+        Event::Done { step } => println!("done after step {step}"),
+        Event::Stopped { step } => println!("stopped after step {step}; --resume goes on from there"),
+        Event::Failed { .. } => {}
+    }
+}

@@ -1,0 +1,141 @@
+//! The agent on a host: claims work, keeps the leases, runs trainers, streams their files to the store
+//! and writes every result. It holds no tensor; a trainer is a child process.
+
+pub mod documents;
+mod ingest;
+mod lease_keeper;
+pub mod local;
+mod log_file;
+mod reporter;
+mod retry;
+mod staging;
+pub mod tokenize;
+mod train;
+mod trainer;
+mod uploader;
+mod work_dir;
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::{Context, Result};
+use sqlx::PgPool;
+
+use crate::{
+    config::{AgentConfig, WorkerConfig},
+    db::{
+        self,
+        leases::{self, Lease, WorkKind},
+        training, workers,
+    },
+    domain::{ids::WorkerId, spec::Device},
+    shutdown::Shutdown,
+    storage::Store,
+};
+use work_dir::WorkDir;
+
+/// How often an idle worker looks for work, and everybody for leases that ran out.
+const POLL: Duration = Duration::from_millis(300);
+
+/// What all work of this process shares.
+struct Agent {
+    id: WorkerId,
+    config: AgentConfig,
+    pool: PgPool,
+    store: Store,
+    work_dir: WorkDir,
+    device: Device,
+    num_gpus: i64,
+}
+
+/// `relora worker`: connects to the database and the store, and works until told to stop.
+pub async fn run_standalone(config: WorkerConfig, shutdown: Shutdown) -> Result<()> {
+    let pool = db::connect(config.database.url.expose(), 2).await.context("connect to the database")?;
+    let store = Store::connect(&config.store).await?;
+    run(config.agent, pool, store, shutdown).await
+}
+
+/// Works until told to stop; running work is handed back with its state saved.
+pub async fn run(config: AgentConfig, pool: PgPool, store: Store, shutdown: Shutdown) -> Result<()> {
+    let id = WorkerId::new();
+    let (device, num_gpus) = trainer::probe(&config.trainer).await?;
+    let work_dir = WorkDir::open(&config.work_dir, &id)?;
+    workers::register(&pool, &id, &config.name, device, num_gpus).await.context("register the worker")?;
+    tracing::info!(worker.id = %id, worker.name = config.name, ?device, num_gpus, "worker started");
+
+    let agent = Arc::new(Agent { id, config, pool, store, work_dir, device, num_gpus });
+    tokio::join!(
+        lane(&agent, WorkKind::Train, &shutdown),
+        lane(&agent, WorkKind::Ingest, &shutdown),
+        shutdown.run_until(stay_seen(&agent)),
+        shutdown.run_until(requeue_expired(&agent.pool, &agent.config)),
+    );
+    workers::mark_gone(&agent.pool, &agent.id).await.context("sign the worker off")?;
+    tracing::info!(worker.id = %agent.id, "worker stopped");
+    Ok(())
+}
+
+/// Takes one item after another. Each kind of work has its own lane, so that a training of days does
+/// not hold up the tokenization that the next job waits for.
+async fn lane(agent: &Arc<Agent>, kind: WorkKind, shutdown: &Shutdown) {
+    while !shutdown.is_triggered() {
+        let outcome = match kind {
+            WorkKind::Train => train_next(agent, shutdown).await,
+            WorkKind::Ingest => ingest_next(agent, shutdown).await,
+        };
+        match outcome {
+            Ok(true) => continue,
+            Ok(false) => {}
+            Err(error) => tracing::warn!(error = format!("{error:#}"), ?kind, "could not look for work"),
+        }
+        shutdown.run_until(tokio::time::sleep(POLL)).await;
+    }
+}
+
+/// Claims a job and trains it. False if there is none.
+async fn train_next(agent: &Agent, shutdown: &Shutdown) -> Result<bool> {
+    let mut tx = agent.pool.begin().await?;
+    let Some(lease) = agent.claim(&mut tx, WorkKind::Train).await? else { return Ok(false) };
+    let training = training::begin_attempt(&mut tx, &lease).await.context("begin the attempt")?;
+    tx.commit().await?;
+    train::run(agent, &lease, training, shutdown).await;
+    Ok(true)
+}
+
+/// Claims a tokenization and makes it. False if there is none.
+async fn ingest_next(agent: &Agent, shutdown: &Shutdown) -> Result<bool> {
+    let mut tx = agent.pool.begin().await?;
+    let Some(lease) = agent.claim(&mut tx, WorkKind::Ingest).await? else { return Ok(false) };
+    let ingestion = db::ingestion::begin_attempt(&mut tx, &lease).await.context("begin the attempt")?;
+    tx.commit().await?;
+    ingest::run(agent, &lease, ingestion, shutdown).await;
+    Ok(true)
+}
+
+impl Agent {
+    async fn claim(&self, connection: &mut sqlx::PgConnection, kind: WorkKind) -> Result<Option<Lease>> {
+        let claimed =
+            leases::claim(connection, &self.id, kind, self.device, self.num_gpus, self.config.lease_s as f64).await;
+        claimed.context("claim work")
+    }
+}
+
+async fn stay_seen(agent: &Agent) {
+    loop {
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        if let Err(error) = workers::mark_seen(&agent.pool, &agent.id).await {
+            tracing::warn!(%error, "could not report to the database; running work goes on");
+        }
+    }
+}
+
+/// Takes back the work of workers that have gone silent.
+async fn requeue_expired(pool: &PgPool, config: &AgentConfig) {
+    loop {
+        tokio::time::sleep(Duration::from_secs_f64((config.lease_s as f64 / 10.0).max(0.3))).await;
+        match training::requeue_expired(pool).await {
+            Ok(0) => {}
+            Ok(num_items) => tracing::warn!(num_items, "took back work whose lease ran out"),
+            Err(error) => tracing::warn!(%error, "could not look for leases that ran out"),
+        }
+    }
+}

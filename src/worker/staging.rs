@@ -1,0 +1,78 @@
+//! Lays out what a trainer reads: spec, tokens, tokenizer, and the state to go on from.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use sqlx::PgPool;
+
+use crate::{
+    db::{
+        ingestion,
+        nodes::{self, StoredFile},
+        training::{ResumePoint, Training},
+    },
+    domain::lineage::{self, FROZEN_FILE, NodeKind},
+    storage::{Key, Store, Uploaded},
+};
+
+/// An attempt's folder, filled.
+#[derive(Debug)]
+pub struct Staged {
+    pub spec: PathBuf,
+    pub data: PathBuf,
+    pub out: PathBuf,
+    /// The state to go on from.
+    pub resume: Option<PathBuf>,
+    /// Files below `out` that lie in the store already, by their path there.
+    pub stored: HashMap<String, StoredFile>,
+}
+
+/// Fills `folder` for an attempt. Every download is checked against the size and hash on record.
+pub async fn stage(pool: &PgPool, store: &Store, training: &Training, folder: &Path) -> Result<Staged> {
+    let mut staged = Staged {
+        spec: folder.join("spec.json"),
+        data: folder.join("data"),
+        out: folder.join("out"),
+        resume: None,
+        stored: HashMap::new(),
+    };
+    for created in [&staged.data, &staged.out] {
+        tokio::fs::create_dir(created).await.with_context(|| format!("create {}", created.display()))?;
+    }
+    tokio::fs::write(&staged.spec, serde_json::to_vec_pretty(&training.spec)?).await.context("write the spec")?;
+    for file in ingestion::files(pool, &training.tokenization).await.context("list the tokens' files")? {
+        download(store, &file, &staged.data.join(&file.name)).await?;
+    }
+    if let Some(resume) = &training.resume {
+        stage_state(pool, store, resume, &mut staged).await.context("stage the state to go on from")?;
+    }
+    Ok(staged)
+}
+
+async fn stage_state(pool: &PgPool, store: &Store, resume: &ResumePoint, staged: &mut Staged) -> Result<()> {
+    let state = format!("{}/{}", NodeKind::State.folder(), resume.step);
+    for file in nodes::files(pool, &resume.node).await? {
+        let path = match file.name.as_str() {
+            FROZEN_FILE => lineage::frozen_path(resume.restart),
+            name => format!("{state}/{name}"),
+        };
+        download(store, &file, &staged.out.join(&path)).await?;
+        if lineage::is_frozen(&path) {
+            staged.stored.insert(path, file);
+        }
+    }
+    staged.resume = Some(staged.out.join(state));
+    Ok(())
+}
+
+async fn download(store: &Store, file: &StoredFile, path: &Path) -> Result<()> {
+    if let Some(parent) = path.parent() {
+        tokio::fs::create_dir_all(parent).await.with_context(|| format!("create {}", parent.display()))?;
+    }
+    let expected = Uploaded { bytes: u64::try_from(file.size_bytes)?, sha256: file.sha256.clone() };
+    store.download_to(&Key::from(file.object_key.clone()), path, &expected).await?;
+    Ok(())
+}

@@ -1,0 +1,132 @@
+//! The trainer as a child process: commands in, events out, its log aside.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Stdio,
+};
+
+use anyhow::{Context, Result, bail};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines},
+    process::{Child, ChildStdin, ChildStdout},
+};
+
+use super::log_file::LogFile;
+use crate::domain::{
+    contract::{Command, Event},
+    spec::Device,
+};
+
+/// How to start a trainer.
+#[derive(Debug)]
+pub struct TrainerArgs<'a> {
+    pub program: &'a Path,
+    pub spec: PathBuf,
+    pub data: PathBuf,
+    pub out: PathBuf,
+    pub resume: Option<PathBuf>,
+    pub threads: usize,
+}
+
+/// A running trainer. It is killed when dropped.
+#[derive(Debug)]
+pub struct Trainer {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    events: Lines<BufReader<ChildStdout>>,
+    pub log: LogFile,
+}
+
+impl Trainer {
+    pub async fn spawn(args: &TrainerArgs<'_>, log: &Path) -> Result<Self> {
+        let mut command = tokio::process::Command::new(args.program);
+        command.arg(&args.spec).arg("--data").arg(&args.data).arg("--out").arg(&args.out);
+        command.arg("--threads").arg(args.threads.to_string());
+        if let Some(state) = &args.resume {
+            command.arg("--resume").arg(state);
+        }
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            // A Ctrl-C in the terminal is for the agent, which then asks its trainers to stop.
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()
+            .with_context(|| format!("start the trainer {}", args.program.display()))?;
+        let stdout = child.stdout.take().context("take the trainer's stdout")?;
+        let stderr = child.stderr.take().context("take the trainer's stderr")?;
+        let log = LogFile::capture(stderr, log).await?;
+        Ok(Self { stdin: child.stdin.take(), child, events: BufReader::new(stdout).lines(), log })
+    }
+
+    pub fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// The next event, or `None` once the trainer has closed its stdout. May be dropped and called again.
+    pub async fn next_event(&mut self) -> Result<Option<Event>> {
+        let Some(line) = self.events.next_line().await.context("read the trainer's events")? else { return Ok(None) };
+        let event = serde_json::from_str(&line).with_context(|| format!("understand the trainer's event {line:?}"))?;
+        Ok(Some(event))
+    }
+
+    /// Sends a command. A trainer that has gone already says so by its events.
+    pub async fn send(&mut self, command: Command) {
+        let Some(stdin) = &mut self.stdin else { return };
+        let mut line = serde_json::to_vec(&command).expect("a command is plain JSON");
+        line.push(b'\n');
+        if let Err(error) = stdin.write_all(&line).await {
+            tracing::debug!(%error, ?command, "the trainer takes no more commands");
+        }
+    }
+
+    pub async fn kill(&mut self) {
+        if let Err(error) = self.child.start_kill() {
+            tracing::warn!(%error, "could not kill the trainer");
+        }
+    }
+
+    /// Waits for the process to end and says how, in words if it did not end by itself.
+    pub async fn wait(&mut self) -> Exit {
+        use std::os::unix::process::ExitStatusExt;
+        self.log.closed().await;
+        match self.child.wait().await {
+            Ok(status) => match status.signal() {
+                Some(signal) => Exit::Signal(signal),
+                None => Exit::Code(status.code().unwrap_or(-1)),
+            },
+            Err(error) => {
+                tracing::warn!(%error, "could not wait for the trainer");
+                Exit::Code(-1)
+            }
+        }
+    }
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    Code(i32),
+    Signal(i32),
+}
+
+/// Asks the trainer what it can use: the device and the number of GPUs.
+pub async fn probe(program: &Path) -> Result<(Device, i64)> {
+    let output =
+        tokio::process::Command::new(program).arg("--probe").stdin(Stdio::null()).output().await.with_context(
+            || format!("start the trainer {}: build it, or name it in RELORA_TRAINER", program.display()),
+        )?;
+    if !output.status.success() {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        bail!("the trainer {} does not start: {}", program.display(), stderr.trim_end());
+    }
+    #[derive(serde::Deserialize)]
+    struct Probe {
+        device: Device,
+        num_gpus: i64,
+    }
+    let probe: Probe = serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("understand what {} --probe prints", program.display()))?;
+    Ok((probe.device, probe.num_gpus))
+}
