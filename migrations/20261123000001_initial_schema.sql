@@ -41,7 +41,8 @@ create table datasets (
             and num_documents is not null and format is not null)
     )
 );
-create index datasets_by_project on datasets (project_id, created_at desc, id desc);
+-- Identifiers sort by the time when they were made, so lists page by them.
+create index datasets_by_project on datasets (project_id, id);
 
 -- The one queue: whatever a worker does is an item here.
 create table work_items (
@@ -125,8 +126,8 @@ create table tokenizations (
         state <> 'ready' or (train_tokens is not null and valid_tokens is not null)
     )
 );
-create index tokenizations_by_project on tokenizations (project_id, created_at desc, id desc);
-create index tokenizations_by_dataset on tokenizations (dataset_id, created_at desc);
+create index tokenizations_by_project on tokenizations (project_id, id);
+create index tokenizations_by_dataset on tokenizations (dataset_id, id);
 create index tokenizations_by_work_item on tokenizations (work_item_id);
 
 create table tokenization_files (
@@ -162,7 +163,7 @@ create table jobs (
     constraint jobs_final_is_finished
         check ((state in ('succeeded', 'failed', 'cancelled')) = (finished_at is not null))
 );
-create index jobs_by_project on jobs (project_id, created_at desc, id desc);
+create index jobs_by_project on jobs (project_id, id);
 create index jobs_by_work_item on jobs (work_item_id);
 create index jobs_by_dataset on jobs (dataset_id);
 create index jobs_by_tokenization on jobs (tokenization_id);
@@ -221,7 +222,7 @@ create table nodes (
     -- A repeated commit finds the node that is there already.
     constraint nodes_once_per_attempt unique (job_id, lease_epoch, kind, step)
 );
-create index nodes_by_project on nodes (project_id, kind, created_at desc, id desc);
+create index nodes_by_project on nodes (project_id, kind, id);
 create index nodes_by_job on nodes (job_id, kind, step desc);
 create index nodes_by_parent on nodes (parent_id);
 

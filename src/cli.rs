@@ -1,13 +1,26 @@
 //! The command line of `relora`: one command per role and per resource. This file parses and
 //! dispatches; what a command does is in the module that it belongs to.
 
-use std::{io, process::ExitCode};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
+use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 
 use crate::{
+    api,
     client::{self, Http, Outcome},
-    config::ClientConfig,
+    config::{ClientConfig, DatabaseConfig, ServeConfig, TrainConfig, WorkerConfig},
+    db, serve,
+    shutdown::Shutdown,
+    telemetry,
+    worker::{
+        self,
+        local::{LocalData, LocalRun},
+    },
 };
 
 /// A training service for ReLoRA pretraining: server, worker and client.
@@ -20,6 +33,16 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run the API server, with whatever else is not set up: PostgreSQL, an S3 store, a worker.
+    Serve,
+    /// Run a worker that takes jobs from the database of a server.
+    Worker,
+    /// Bring the schema of the database up to date.
+    Migrate,
+    /// Print the OpenAPI document.
+    Openapi,
+    /// Train by hand, without a server.
+    Train(Train),
     /// Upload text and turn it into tokens.
     Dataset(Client<client::dataset::Command>),
     /// Submit, watch and cancel training jobs.
@@ -30,6 +53,34 @@ enum Command {
     Restart(Client<client::node::Command>),
     /// The merged weights of a job.
     Checkpoint(Client<client::node::Command>),
+}
+
+/// What `relora train` is told.
+#[derive(Debug, Args)]
+struct Train {
+    /// A training spec, as it is submitted to a server.
+    spec: PathBuf,
+    /// The folder for everything that is made.
+    #[arg(long)]
+    out: PathBuf,
+    /// A folder of tokens; by default the folder of the spec.
+    #[arg(long)]
+    data: Option<PathBuf>,
+    /// Text to tokenize first: a file, or JSON lines with a \"text\" each.
+    #[arg(long, conflicts_with = "data")]
+    text: Option<PathBuf>,
+    /// Vocabulary for --text.
+    #[arg(long, default_value_t = 8_192)]
+    vocab_size: i64,
+    /// Share of the documents of --text that is held out.
+    #[arg(long, default_value_t = 0.05)]
+    validation_frac: f64,
+    /// CPU threads; by default RELORA_TRAINER_THREADS, else all cores.
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Go on from the newest state in --out.
+    #[arg(long)]
+    resume: bool,
 }
 
 /// A command that talks to a server.
@@ -43,6 +94,26 @@ struct Client<C: Subcommand> {
     api_key: Option<String>,
     #[command(subcommand)]
     command: C,
+}
+
+impl Train {
+    fn into_run(self, config: TrainConfig) -> LocalRun {
+        let beside_spec = || self.spec.parent().map_or_else(PathBuf::new, Path::to_owned);
+        let data = match self.text {
+            Some(path) => {
+                LocalData::Text { path, vocab_size: self.vocab_size, validation_frac: self.validation_frac }
+            }
+            None => LocalData::Tokens(self.data.unwrap_or_else(beside_spec)),
+        };
+        LocalRun {
+            trainer: config.agent.trainer,
+            threads: self.threads.unwrap_or(config.agent.trainer_threads),
+            spec: self.spec,
+            out: self.out,
+            data,
+            resume: self.resume,
+        }
+    }
 }
 
 impl<C: Subcommand> Client<C> {
@@ -72,6 +143,33 @@ pub fn main() -> ExitCode {
 
 async fn run(command: Command) -> anyhow::Result<Outcome> {
     match command {
+        Command::Serve => {
+            let config = ServeConfig::from_env()?;
+            telemetry::init(&config.log)?;
+            serve::run(config, Shutdown::on_signals()?).await?;
+            Ok(Outcome::Done)
+        }
+        Command::Worker => {
+            let config = WorkerConfig::from_env()?;
+            telemetry::init(&config.log)?;
+            worker::run_standalone(config, Shutdown::on_signals()?).await?;
+            Ok(Outcome::Done)
+        }
+        Command::Migrate => {
+            let pool = db::connect(DatabaseConfig::from_env()?.url.expose(), 1).await.context("connect to PostgreSQL")?;
+            db::MIGRATOR.run(&pool).await.context("migrate the database")?;
+            Ok(Outcome::Done)
+        }
+        Command::Openapi => {
+            println!("{}", api::openapi().to_pretty_json().context("write the OpenAPI document")?);
+            Ok(Outcome::Done)
+        }
+        Command::Train(train) => {
+            let config = TrainConfig::from_env()?;
+            telemetry::init(&config.log)?;
+            worker::local::train(train.into_run(config), Shutdown::on_signals()?).await?;
+            Ok(Outcome::Done)
+        }
         Command::Dataset(client) => {
             let (http, command) = client.connect()?;
             client::dataset::run(&http, command).await

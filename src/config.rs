@@ -70,6 +70,13 @@ pub struct WorkerConfig {
     pub log: LogConfig,
 }
 
+/// `relora train`.
+#[derive(Debug, Clone)]
+pub struct TrainConfig {
+    pub agent: AgentConfig,
+    pub log: LogConfig,
+}
+
 /// The commands of the client.
 #[derive(Debug, Clone)]
 pub struct ClientConfig {
@@ -189,6 +196,18 @@ impl ServeConfig {
     }
 }
 
+impl TrainConfig {
+    /// The settings of this process.
+    pub fn from_env() -> Result<Self, ConfigError> {
+        let machine = Machine::this();
+        let mut reader = Reader::new(&reader::process_variable, &machine);
+        let data_dir = reader.data_dir();
+        let config =
+            Self { agent: AgentConfig::read_part(&mut reader, &data_dir), log: LogConfig::read_part(&mut reader) };
+        reader.finish(config)
+    }
+}
+
 impl WorkerConfig {
     /// The settings of this process.
     pub fn from_env() -> Result<Self, ConfigError> {
@@ -257,6 +276,19 @@ impl ClientConfig {
 }
 
 impl DatabaseConfig {
+    /// The settings of this process.
+    pub fn from_env() -> Result<Self, ConfigError> {
+        let machine = Machine::this();
+        let mut reader = Reader::new(&reader::process_variable, &machine);
+        match Self::read_part(&mut reader) {
+            Some(config) => reader.finish(config),
+            None => {
+                reader.missing("DATABASE_URL", "the database to migrate; an embedded one is migrated by the server");
+                Err(reader.into_error())
+            }
+        }
+    }
+
     fn read_part(reader: &mut Reader<'_>) -> Option<Self> {
         let url = reader.text("DATABASE_URL")?;
         if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {

@@ -11,13 +11,17 @@
 //!                            domain            config, telemetry, shutdown: leaves, passed down
 //! ```
 
+pub mod api;
 pub mod cli;
 pub mod client;
 pub mod config;
 pub mod db;
 pub mod domain;
 pub mod embedded;
+pub mod serve;
 pub mod shutdown;
 pub mod storage;
 pub mod telemetry;
+#[cfg(feature = "train")]
+pub mod train;
 pub mod worker;

@@ -1,9 +1,23 @@
 //! What happened to a job, in order.
 
+use chrono::{DateTime, Utc};
 use serde_json::Value;
-use sqlx::PgConnection;
+use sqlx::{PgConnection, PgPool};
 
-use crate::domain::{ids::JobId, job::EventType};
+use crate::domain::{
+    ids::{JobId, ProjectId},
+    job::EventType,
+};
+
+#[derive(Debug)]
+pub struct EventRow {
+    pub seq: i64,
+    pub at: DateTime<Utc>,
+    pub kind: EventType,
+    pub lease_epoch: Option<i64>,
+    pub message: String,
+    pub data: Value,
+}
 
 /// An event to enter in a job's log.
 #[derive(Debug, Clone)]
@@ -40,4 +54,32 @@ pub async fn append(connection: &mut PgConnection, job: &JobId, event: NewEvent<
         .execute(connection)
         .await?;
     Ok(seq)
+}
+
+/// The events of a job with a number above `after`, in order.
+pub async fn list(
+    pool: &PgPool,
+    project: &ProjectId,
+    job: &JobId,
+    after: i64,
+    limit: i64,
+) -> sqlx::Result<Vec<EventRow>> {
+    sqlx::query_as!(
+        EventRow,
+        r#"
+        -- db::events::list
+        select e.seq, e.at, e.type as "kind: EventType", e.lease_epoch, e.message, e.data
+        from job_events e
+        join jobs j on j.id = e.job_id
+        where j.project_id = $1 and j.id = $2 and e.seq > $3
+        order by e.seq
+        limit $4
+        "#,
+        project.as_str(),
+        job.as_str(),
+        after,
+        limit,
+    )
+    .fetch_all(pool)
+    .await
 }

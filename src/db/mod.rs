@@ -3,10 +3,18 @@
 //! A function that serves a user takes the project as an argument, so that no query can forget it.
 //! A function that serves a worker takes its [`leases::Lease`], and writes nothing once that is lost.
 
+pub mod changes;
+pub mod datasets;
 pub mod events;
+pub mod health;
 pub mod ingestion;
+pub mod jobs;
+pub mod keys;
 pub mod leases;
+pub mod lineage;
+pub mod metrics;
 pub mod nodes;
+pub mod tokenizations;
 pub mod training;
 pub mod workers;
 

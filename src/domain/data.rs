@@ -16,10 +16,31 @@ pub const END_OF_TEXT: &str = "<|endoftext|>";
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TokenizationMeta {
     pub format_version: i64,
-    /// `u16` while the vocabulary allows it, else `u32`.
-    pub dtype: String,
+    pub dtype: TokenDtype,
     pub vocab_size: i64,
     pub train_tokens: i64,
     pub valid_tokens: i64,
     pub eos_token_id: i64,
+}
+
+/// The integers of the token files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TokenDtype {
+    /// While the vocabulary allows it.
+    U16,
+    U32,
+}
+
+impl TokenDtype {
+    pub fn of_vocab(vocab_size: i64) -> Self {
+        if vocab_size > 1 << 16 { Self::U32 } else { Self::U16 }
+    }
+
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::U16 => 2,
+            Self::U32 => 4,
+        }
+    }
 }

@@ -4,6 +4,7 @@ pub mod contract;
 pub mod data;
 pub mod ids;
 pub mod job;
+pub mod json;
 pub mod lineage;
 pub mod problem;
 pub mod schedule;

@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 /// Holds a folder until it is dropped, or until the process ends in any way.
 #[derive(Debug)]
 pub(super) struct FolderLock {
-    _file: File,
+    file: File,
 }
 
 impl FolderLock {
@@ -43,6 +43,16 @@ impl FolderLock {
             }
         }
         file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id()))?;
-        Ok(Self { _file: file })
+        Ok(Self { file })
+    }
+}
+
+impl Drop for FolderLock {
+    /// Closing the file is not enough: a process that is being started just now has a copy of it until it runs
+    /// its own program.
+    fn drop(&mut self) {
+        if let Err(error) = self.file.unlock() {
+            tracing::warn!(error = %error, "the lock of a data folder could not be released");
+        }
     }
 }

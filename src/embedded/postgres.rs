@@ -31,6 +31,7 @@ const USER: &str = "relora";
 /// A unix socket's path holds this many bytes at most.
 const MAX_SOCKET_PATH_BYTES: usize = 107;
 const SOCKET_FILE: &str = ".s.PGSQL.5432";
+const SOCKET_LOCK_FILE: &str = ".s.PGSQL.5432.lock";
 /// Recovery after a crash may replay much of the log.
 const START_TIMEOUT: Duration = Duration::from_secs(300);
 const STOP_TIMEOUT: Duration = Duration::from_secs(60);
@@ -61,7 +62,7 @@ impl Postgres {
         File::create(&layout.log).with_context(|| format!("create {}", layout.log.display()))?;
         let binaries = Binaries::find(&layout.data).await?;
         if layout.data.join("PG_VERSION").exists() {
-            leftover::stop(&layout.data).await?;
+            leftover::stop(&layout.data, &layout.socket_folder.join(SOCKET_LOCK_FILE)).await?;
         } else {
             layout.initialise(&binaries).await?;
         }

@@ -61,6 +61,8 @@ impl S3 {
     /// Starts the server whose objects lie in `{data_dir}/s3`. Writes are refused while less than
     /// `min_free_bytes` of the disk would remain: PostgreSQL on the same disk must never meet a full one.
     pub async fn start(data_dir: &Path, min_free_bytes: u64) -> anyhow::Result<Self> {
+        // Others enter the data folder too; this part of it is private.
+        fs::create_dir_all(data_dir).with_context(|| format!("create {}", data_dir.display()))?;
         let folder = data_dir.join("s3");
         let root = folder.join("objects");
         fs::DirBuilder::new()

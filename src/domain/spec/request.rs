@@ -9,6 +9,7 @@ use utoipa::ToSchema;
 use super::{Device, Precision, RestartLr};
 use crate::domain::{
     ids::{DatasetId, TokenizationId},
+    json,
     problem::Problem,
 };
 
@@ -198,34 +199,11 @@ pub struct ResourcesRequest {
 
 impl TrainSpecRequest {
     /// Reads a spec and reports every unknown field and wrong type at once.
-    ///
-    /// serde stops at the first mistake, so each offending value is reported, taken out, and the rest
-    /// read again: every field may be absent, hence the remainder always stands on its own.
     pub fn parse(mut json: Value) -> (Self, Vec<Problem>) {
-        if !json.is_object() {
-            return (Self::default(), vec![Problem::new("", "a training spec is a JSON object")]);
-        }
-        integral_floats_to_integers(&mut json);
         let mut problems = take_out_arrays(&mut json);
-        loop {
-            let error = match serde_path_to_error::deserialize::<_, Self>(&json) {
-                Ok(request) => return (request, problems),
-                Err(error) => error,
-            };
-            let mut pointer = pointer_of(error.path());
-            let message = error.into_inner().to_string();
-            if let Some(field) = message.strip_prefix("unknown field `").and_then(|rest| rest.split('`').next()) {
-                let field = format!("/{}", escape(field));
-                if !pointer.ends_with(&field) {
-                    pointer.push_str(&field);
-                }
-            }
-            let taken_out = take_out(&mut json, &pointer);
-            problems.push(Problem::new(pointer, message));
-            if !taken_out {
-                return (Self::default(), problems);
-            }
-        }
+        let (request, more) = json::parse(json);
+        problems.extend(more);
+        (request, problems)
     }
 }
 
@@ -245,52 +223,9 @@ fn take_out_arrays(json: &mut Value) -> Vec<Problem> {
     let is_array = |pointer: &&str| json.pointer(pointer).is_some_and(Value::is_array);
     let pointers: Vec<_> = OBJECTS.into_iter().filter(is_array).collect();
     for pointer in &pointers {
-        take_out(json, pointer);
+        json::take_out(json, pointer);
     }
     pointers.into_iter().map(|pointer| Problem::new(pointer, "must be an object, not an array")).collect()
-}
-
-/// JSON Schema holds 1475.0 to be an integer, serde does not.
-fn integral_floats_to_integers(json: &mut Value) {
-    const EXACT: f64 = 9_007_199_254_740_992.0; // 2^53: below it every integer is a double
-    match json {
-        Value::Number(number) => {
-            if let Some(float) = number.as_f64().filter(|f| number.is_f64() && f.fract() == 0.0 && f.abs() < EXACT) {
-                *json = Value::from(float as i64);
-            }
-        }
-        Value::Array(items) => items.iter_mut().for_each(integral_floats_to_integers),
-        Value::Object(fields) => fields.values_mut().for_each(integral_floats_to_integers),
-        _ => {}
-    }
-}
-
-fn pointer_of(path: &serde_path_to_error::Path) -> String {
-    use serde_path_to_error::Segment;
-    path.iter()
-        .map(|segment| match segment {
-            Segment::Seq { index } => format!("/{index}"),
-            Segment::Map { key } => format!("/{}", escape(key)),
-            Segment::Enum { variant } => format!("/{}", escape(variant)),
-            Segment::Unknown => String::new(),
-        })
-        .collect()
-}
-
-fn escape(key: &str) -> String {
-    key.replace('~', "~0").replace('/', "~1")
-}
-
-/// Removes the value at `pointer`; false if there is none. An element of an array takes the whole
-/// array with it, because the other elements would move up.
-fn take_out(json: &mut Value, pointer: &str) -> bool {
-    let Some((parent, key)) = pointer.rsplit_once('/') else { return false };
-    let key = key.replace("~1", "/").replace("~0", "~");
-    match json.pointer_mut(parent) {
-        Some(Value::Object(fields)) => fields.remove(&key).is_some(),
-        Some(Value::Array(_)) => take_out(json, parent),
-        _ => false,
-    }
 }
 
 #[cfg(test)]

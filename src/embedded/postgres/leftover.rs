@@ -4,7 +4,7 @@
 //! number in the pid file alone could by now be any other process. On systems without /proc PostgreSQL's own
 //! check of the pid file is what remains.
 
-use std::{fs, path::Path, time::Duration};
+use std::{fs, io::ErrorKind, path::Path, time::Duration};
 
 use anyhow::{Context, bail};
 use rustix::process::{Pid, Signal, kill_process};
@@ -14,8 +14,8 @@ use tokio::time::{Instant, sleep};
 const ORDERLY: Duration = Duration::from_secs(30);
 const CUT_SHORT: Duration = Duration::from_secs(10);
 
-/// Ends every PostgreSQL process of this data folder and removes a pid file that names none.
-pub(super) async fn stop(data: &Path) -> anyhow::Result<()> {
+/// Ends every PostgreSQL process of this data folder, and removes the files that name one when there is none.
+pub(super) async fn stop(data: &Path, socket_lock: &Path) -> anyhow::Result<()> {
     let pid_file = data.join("postmaster.pid");
     let left = processes_in(data);
     if !left.is_empty() {
@@ -32,9 +32,17 @@ pub(super) async fn stop(data: &Path) -> anyhow::Result<()> {
             bail!("PostgreSQL processes {:?} still use {}: end them", processes_in(data), data.display());
         }
     }
-    // Nothing uses the folder: the file is stale, and its number may belong to an unrelated process by now.
-    if cfg!(target_os = "linux") && pid_file.exists() {
-        fs::remove_file(&pid_file).with_context(|| format!("remove {}", pid_file.display()))?;
+    // Nothing uses the folder: the files are stale, and their number may belong to an unrelated process by now,
+    // above all in a container, where numbers begin anew.
+    if cfg!(target_os = "linux") {
+        for stale in [pid_file.as_path(), socket_lock] {
+            match fs::remove_file(stale) {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    return Err(error).with_context(|| format!("remove {}", stale.display()));
+                }
+                _ => {}
+            }
+        }
     }
     Ok(())
 }

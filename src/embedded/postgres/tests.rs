@@ -3,7 +3,7 @@ use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use sqlx::{Connection, PgConnection};
 
-use super::{Postgres, socket_folder};
+use super::{Account, Postgres, socket_folder};
 
 /// A folder that every account may enter.
 fn folder() -> tempfile::TempDir {
@@ -64,11 +64,17 @@ async fn a_server_that_was_left_running_is_stopped_by_the_next_start() {
 }
 
 #[tokio::test]
-async fn a_pid_file_that_names_an_unrelated_process_is_harmless() {
+async fn stale_files_that_name_an_unrelated_process_are_harmless() {
     let folder = folder();
     Postgres::start(folder.path()).await.unwrap().stop().await.unwrap();
-    let ours = std::process::id();
-    fs::write(folder.path().join("postgres/data/postmaster.pid"), format!("{ours}\n/x\n0\n5432\n")).unwrap();
+    // A process of the same account, so that PostgreSQL's own check takes it for a server.
+    let mut unrelated = tokio::process::Command::new("sleep");
+    Account::choose().unwrap().apply(&mut unrelated);
+    let unrelated = unrelated.arg("60").kill_on_drop(true).spawn().unwrap();
+    let text = format!("{}\n/x\n0\n5432\n", unrelated.id().unwrap());
+    for file in ["data/postmaster.pid", "socket/.s.PGSQL.5432.lock"] {
+        fs::write(folder.path().join("postgres").join(file), &text).unwrap();
+    }
     Postgres::start(folder.path()).await.unwrap().stop().await.unwrap();
 }
 
@@ -105,6 +111,7 @@ async fn a_folder_that_the_servers_account_cannot_enter_is_named() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o700)).unwrap();
     let error = Postgres::start(&folder.path().join("below")).await.unwrap_err().to_string();
     assert!(error.contains(&format!("cannot enter {} (mode 700)", folder.path().display())), "{error}");
     assert!(error.contains("RELORA_DATA_DIR"), "{error}");

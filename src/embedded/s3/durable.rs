@@ -8,7 +8,7 @@
 
 use std::{
     fs::File,
-    io,
+    io::{self, SeekFrom},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -24,13 +24,17 @@ use s3s::{
         AbortMultipartUploadInput, AbortMultipartUploadOutput, CompleteMultipartUploadInput,
         CompleteMultipartUploadOutput, CreateMultipartUploadInput, CreateMultipartUploadOutput, DeleteObjectInput,
         DeleteObjectOutput, DeleteObjectsInput, DeleteObjectsOutput, GetObjectInput, GetObjectOutput, HeadBucketInput,
-        HeadBucketOutput, HeadObjectInput, HeadObjectOutput, PutObjectInput, PutObjectOutput, StreamingBlob,
+        HeadBucketOutput, HeadObjectInput, HeadObjectOutput, PutObjectInput, PutObjectOutput, Range, StreamingBlob,
         UploadPartInput, UploadPartOutput,
     },
 };
 use s3s_fs::FileSystem;
+use tokio::io::{AsyncReadExt, AsyncSeekExt};
+use tokio_util::io::ReaderStream;
 
 use crate::storage::{LOW_DISK_SPACE, MAX_KEY_BYTES};
+
+const READ_BYTES: usize = 256 << 10;
 
 /// A folder of objects that survive a crash of the machine once they are acknowledged.
 #[derive(Clone)]
@@ -85,6 +89,16 @@ fn check_key(key: &str) -> S3Result<()> {
     Err(S3Error::with_message(S3ErrorCode::InvalidArgument, message))
 }
 
+async fn read_range(path: &Path, range: Option<Range>, len_bytes: u64) -> io::Result<StreamingBlob> {
+    let mut file = tokio::fs::File::open(path).await?;
+    match range {
+        None => {}
+        Some(Range::Int { first, .. }) => _ = file.seek(SeekFrom::Start(first)).await?,
+        Some(Range::Suffix { .. }) => _ = file.seek(SeekFrom::End(-len_bytes.cast_signed())).await?,
+    }
+    Ok(StreamingBlob::wrap(ReaderStream::with_capacity(file.take(len_bytes), READ_BYTES)))
+}
+
 fn sync_object(root: &Path, bucket: &str, key: &str) -> io::Result<()> {
     let object = root.join(bucket).join(key);
     File::open(&object)?.sync_all()?;
@@ -126,7 +140,13 @@ impl S3 for DurableFiles {
     }
 
     async fn get_object(&self, req: S3Request<GetObjectInput>) -> S3Result<S3Response<GetObjectOutput>> {
-        self.files.get_object(req).await
+        let (range, path) = (req.input.range, self.root.join(&req.input.bucket).join(&req.input.key));
+        check_key(&req.input.key)?;
+        let mut response = self.files.get_object(req).await?;
+        // The body that comes with it is read from the disk in pieces of 4 KiB, at a fifth of the speed.
+        let len_bytes = response.output.content_length.unwrap_or(0).unsigned_abs();
+        response.output.body = Some(read_range(&path, range, len_bytes).await.map_err(S3Error::internal_error)?);
+        Ok(response)
     }
 
     async fn put_object(&self, mut req: S3Request<PutObjectInput>) -> S3Result<S3Response<PutObjectOutput>> {

@@ -1,0 +1,75 @@
+//! The HTTP edge: routes, extractors, problem+json, one file per resource. `router` lists what there is.
+//!
+//! Every handler but those of `health` takes a [`auth::Caller`], and asks the database in its project.
+
+mod auth;
+mod bases;
+mod checkpoints;
+mod content;
+mod datasets;
+mod download;
+mod error;
+mod events;
+mod extract;
+mod health;
+mod jobs;
+mod lineage;
+mod metrics;
+mod page;
+mod responses;
+mod restarts;
+mod router;
+mod tokenizations;
+mod upload;
+
+use anyhow::Context;
+use sqlx::PgPool;
+use tokio::net::TcpListener;
+
+pub use router::{openapi, router};
+
+use crate::{
+    db::changes::Changes,
+    shutdown::Shutdown,
+    storage::{Key, Store},
+};
+
+/// What the server takes.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Largest content of a dataset.
+    pub max_upload_bytes: u64,
+}
+
+/// What handlers work with; a clone shares it.
+#[derive(Debug, Clone)]
+pub struct AppState {
+    pool: PgPool,
+    store: Store,
+    changes: Changes,
+    shutdown: Shutdown,
+    limits: Limits,
+}
+
+impl AppState {
+    /// Also begins to listen for changes of jobs, on a connection of its own, until `shutdown`.
+    pub fn new(pool: PgPool, store: Store, shutdown: Shutdown, limits: Limits) -> Self {
+        let changes = Changes::listen(pool.clone(), shutdown.clone());
+        Self { pool, store, changes, shutdown, limits }
+    }
+
+    /// Removes objects that no row names any more. One that stays costs space and nothing else.
+    async fn delete_objects(&self, keys: &[String]) {
+        let keys: Vec<_> = keys.iter().cloned().map(Key::from).collect();
+        if let Err(error) = self.store.delete(&keys).await {
+            tracing::warn!(error = %error, num_objects = keys.len(), "objects are left behind in the store");
+        }
+    }
+}
+
+/// Serves until `shutdown`, and until every request is answered; streams end then.
+pub async fn serve(listener: TcpListener, state: AppState, shutdown: Shutdown) -> anyhow::Result<()> {
+    let (router, _) = router(state);
+    let stop = async move { shutdown.wait().await };
+    axum::serve(listener, router).with_graceful_shutdown(stop).await.context("serve the API")
+}

@@ -1,0 +1,73 @@
+//! Restarts: the LoRA delta of one cycle as it was merged, in the `peft` layout.
+
+use axum::{
+    Json,
+    extract::State,
+    http::{HeaderMap, Method},
+    response::Response,
+};
+
+use super::{
+    AppState,
+    auth::Caller,
+    error::ApiResult,
+    extract::{Path, Query},
+    lineage::{self, DownloadQuery, FileRequest, ListNodesQuery, Node, NodeFilePage, NodePage},
+    responses::{CallerErrors, NotFoundError, QueryErrors, RangeError},
+};
+use crate::domain::{ids::NodeId, lineage::NodeKind};
+
+/// List restarts
+///
+/// The LoRA delta of one cycle as it was merged, in the `peft` layout. The newest first.
+#[utoipa::path(get, path = "/v1/restarts", tag = "restarts", params(ListNodesQuery),
+    responses((status = 200, description = "A page of restarts", body = NodePage), CallerErrors, QueryErrors))]
+pub async fn list_restarts(
+    caller: Caller,
+    State(state): State<AppState>,
+    Query(query): Query<ListNodesQuery>,
+) -> ApiResult<Json<NodePage>> {
+    Ok(Json(lineage::list(&state, &caller, NodeKind::Restart, query).await?))
+}
+
+/// Look at a restart
+#[utoipa::path(get, path = "/v1/restarts/{restart_id}", tag = "restarts", params(("restart_id" = String, Path)),
+    responses((status = 200, description = "The restart", body = Node), CallerErrors, NotFoundError))]
+pub async fn find_restart(
+    caller: Caller,
+    State(state): State<AppState>,
+    Path(id): Path<NodeId>,
+) -> ApiResult<Json<Node>> {
+    Ok(Json(lineage::find(&state, &caller, NodeKind::Restart, &id).await?))
+}
+
+/// List a restart's files
+#[utoipa::path(get, path = "/v1/restarts/{restart_id}/files", tag = "restarts", params(("restart_id" = String, Path)),
+    responses((status = 200, description = "Its files", body = NodeFilePage), CallerErrors, NotFoundError))]
+pub async fn list_restart_files(
+    caller: Caller,
+    State(state): State<AppState>,
+    Path(id): Path<NodeId>,
+) -> ApiResult<Json<NodeFilePage>> {
+    Ok(Json(lineage::list_files(&state, &caller, NodeKind::Restart, &id).await?))
+}
+
+/// Download a file of a restart
+#[utoipa::path(get, path = "/v1/restarts/{restart_id}/files/{file_name}", tag = "restarts",
+    params(("restart_id" = String, Path), ("file_name" = String, Path), DownloadQuery),
+    responses((status = 200, description = "The file", content_type = "application/octet-stream", body = Vec<u8>),
+        (status = 206, description = "The range that was asked for", content_type = "application/octet-stream", body = Vec<u8>),
+        (status = 304, description = "The client has it already"),
+        (status = 307, description = "The file is at this URL for a while"),
+        CallerErrors, NotFoundError, QueryErrors, RangeError))]
+pub async fn download_restart_file(
+    caller: Caller,
+    State(state): State<AppState>,
+    Path((node, name)): Path<(NodeId, String)>,
+    Query(query): Query<DownloadQuery>,
+    method: Method,
+    headers: HeaderMap,
+) -> ApiResult<Response> {
+    let request = FileRequest { kind: NodeKind::Restart, node, name, proxy: query.proxy, method, headers };
+    lineage::download(&state, &caller, request).await
+}

@@ -1,0 +1,131 @@
+//! The table of contents: every route of the API.
+
+use std::any::Any;
+
+use axum::{
+    Json, Router,
+    extract::DefaultBodyLimit,
+    http::Request,
+    middleware::from_fn,
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use tower_http::{
+    catch_panic::CatchPanicLayer,
+    request_id::{MakeRequestUuid, PropagateRequestIdLayer, RequestId, SetRequestIdLayer},
+    trace::TraceLayer,
+};
+use utoipa::{
+    Modify, OpenApi as _,
+    openapi::{
+        OpenApi,
+        security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
+    },
+};
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use super::{
+    AppState, bases, checkpoints, datasets,
+    error::{ApiError, ProblemDetails, write_problems},
+    events, extract, health, jobs, metrics, restarts, tokenizations,
+};
+
+fn routes() -> OpenApiRouter<AppState> {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(health::get_health))
+        .routes(routes!(health::get_readiness))
+        .routes(routes!(datasets::create_dataset, datasets::list_datasets))
+        .routes(routes!(datasets::find_dataset, datasets::delete_dataset))
+        .routes(routes!(datasets::upload_dataset_content, datasets::download_dataset_content))
+        .routes(routes!(tokenizations::create_tokenization, tokenizations::list_tokenizations))
+        .routes(routes!(tokenizations::find_tokenization, tokenizations::delete_tokenization))
+        .routes(routes!(jobs::create_job, jobs::list_jobs))
+        .routes(routes!(jobs::find_job))
+        .routes(routes!(jobs::cancel_job))
+        .routes(routes!(jobs::find_job_logs))
+        .routes(routes!(events::list_job_events))
+        .routes(routes!(events::stream_job_events))
+        .routes(routes!(metrics::list_job_metrics))
+        .routes(routes!(bases::list_bases))
+        .routes(routes!(bases::find_base))
+        .routes(routes!(bases::list_base_files))
+        .routes(routes!(bases::download_base_file))
+        .routes(routes!(restarts::list_restarts))
+        .routes(routes!(restarts::find_restart))
+        .routes(routes!(restarts::list_restart_files))
+        .routes(routes!(restarts::download_restart_file))
+        .routes(routes!(checkpoints::list_checkpoints))
+        .routes(routes!(checkpoints::find_checkpoint))
+        .routes(routes!(checkpoints::list_checkpoint_files))
+        .routes(routes!(checkpoints::download_checkpoint_file))
+}
+
+#[derive(utoipa::OpenApi)]
+#[openapi(
+    info(
+        title = "relora",
+        description = "Pretrain language models with ReLoRA: upload text, submit a job, watch it, download weights.",
+        license(name = "MIT OR Apache-2.0", identifier = "MIT OR Apache-2.0")
+    ),
+    components(schemas(ProblemDetails)),
+    modifiers(&BearerKey),
+    security(("api_key" = [])),
+    tags(
+        (name = "datasets", description = "Raw text"),
+        (name = "tokenizations", description = "Datasets turned into tokens"),
+        (name = "jobs", description = "Training jobs"),
+        (name = "bases", description = "Full weights where the low-rank training began"),
+        (name = "restarts", description = "The LoRA delta of each cycle"),
+        (name = "checkpoints", description = "Merged full weights"),
+        (name = "health", description = "Probes"),
+    )
+)]
+struct Document;
+
+struct BearerKey;
+
+impl Modify for BearerKey {
+    fn modify(&self, openapi: &mut OpenApi) {
+        let scheme = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some("An API key, `rl_…`"));
+        let components = openapi.components.get_or_insert_default();
+        components.add_security_scheme("api_key", SecurityScheme::Http(scheme.build()));
+    }
+}
+
+/// The OpenAPI document.
+pub fn openapi() -> OpenApi {
+    routes().into_openapi()
+}
+
+/// The whole service, and its document.
+pub fn router(state: AppState) -> (Router, OpenApi) {
+    let (router, openapi) = routes().split_for_parts();
+    let document = openapi.clone();
+    let router = router
+        .route("/openapi.json", get(move || std::future::ready(Json(document.clone()))))
+        .fallback(async || ApiError::NoRoute)
+        .method_not_allowed_fallback(async || ApiError::MethodNotAllowed)
+        .with_state(state)
+        .layer(DefaultBodyLimit::max(extract::MAX_JSON_BYTES))
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(from_fn(write_problems))
+        .layer(TraceLayer::new_for_http().make_span_with(span).on_failure(()))
+        .layer(PropagateRequestIdLayer::x_request_id())
+        .layer(SetRequestIdLayer::x_request_id(MakeRequestUuid));
+    (router, openapi)
+}
+
+fn span<B>(request: &Request<B>) -> tracing::Span {
+    let id = request.extensions().get::<RequestId>().and_then(|id| id.header_value().to_str().ok());
+    tracing::info_span!(
+        "request",
+        request.id = id.unwrap_or_default(),
+        http.method = %request.method(),
+        http.path = request.uri().path(),
+    )
+}
+
+fn panicked(panic: Box<dyn Any + Send>) -> Response {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    ApiError::Internal(format!("panic: {}", text.unwrap_or("without a text"))).into_response()
+}

@@ -1,0 +1,287 @@
+//! Jobs as their owners see them: submitted, looked at, cancelled.
+
+use chrono::{DateTime, Utc};
+use serde_json::json;
+use sqlx::{PgConnection, PgPool, types::Json};
+
+use super::events::{self, NewEvent};
+use crate::domain::{
+    ids::{DatasetId, JobId, ProjectId, WorkItemId},
+    job::{EventType, Failure, JobState, WaitReason},
+    spec::{Device, TrainSpec},
+};
+
+/// A worker that was not heard of for this long takes no work, as far as anybody can tell.
+const WORKER_ALIVE_S: f64 = 60.0;
+
+#[derive(Debug)]
+pub struct JobRow {
+    pub id: JobId,
+    pub name: String,
+    pub state: JobState,
+    pub wait_reason: Option<WaitReason>,
+    pub queue_position: Option<i64>,
+    pub spec: Json<TrainSpec>,
+    pub warnings: Vec<String>,
+    pub failure: Option<Json<Failure>>,
+    pub lease_epoch: i64,
+    pub last_event_seq: i64,
+    pub created_at: DateTime<Utc>,
+    pub started_at: Option<DateTime<Utc>>,
+    pub finished_at: Option<DateTime<Utc>>,
+    pub step: Option<i64>,
+    pub loss: Option<f64>,
+    pub learning_rate: Option<f64>,
+    pub tokens_per_s: Option<f64>,
+    pub num_tokens: Option<i64>,
+    pub num_restarts: Option<i64>,
+}
+
+/// Queues a job and returns its identifier. Commits nothing: the caller's transaction holds the data
+/// that the spec was checked against.
+pub async fn create(
+    connection: &mut PgConnection,
+    project: &ProjectId,
+    spec: &TrainSpec,
+    warnings: &[String],
+) -> sqlx::Result<JobId> {
+    let (id, work_item) = (JobId::new(), WorkItemId::new());
+    sqlx::query!(
+        r#"
+        -- db::jobs::create
+        with queued as (
+            insert into work_items (id, project_id, kind, priority, device, num_gpus)
+            values ($1, $2, 'train', $3, $4, $5)
+            returning id
+        ), notified as (
+            select pg_notify('work_available', '')
+        )
+        insert into jobs (id, project_id, work_item_id, dataset_id, tokenization_id, name, spec, warnings)
+        select $6, $2, queued.id, $7, $8, $9, $10, $11 from queued, notified
+        "#,
+        work_item.as_str(),
+        project.as_str(),
+        spec.priority,
+        spec.resources.device as Device,
+        spec.resources.num_gpus,
+        id.as_str(),
+        spec.dataset.as_str(),
+        spec.tokenization.as_str(),
+        spec.name,
+        json!(spec),
+        warnings,
+    )
+    .execute(&mut *connection)
+    .await?;
+    let event = NewEvent { kind: EventType::Submitted, lease_epoch: None, message: "submitted", data: json!({}) };
+    events::append(connection, &id, event).await?;
+    Ok(id)
+}
+
+pub async fn find(pool: &PgPool, project: &ProjectId, id: &JobId) -> sqlx::Result<Option<JobRow>> {
+    let mut found = select(pool, project, Some(id), None, None, 1).await?;
+    Ok(found.pop())
+}
+
+/// The newest jobs first, in one state or all, from before `cursor`.
+pub async fn list(
+    pool: &PgPool,
+    project: &ProjectId,
+    state: Option<JobState>,
+    cursor: Option<&str>,
+    limit: i64,
+) -> sqlx::Result<Vec<JobRow>> {
+    select(pool, project, None, state, cursor, limit).await
+}
+
+async fn select(
+    pool: &PgPool,
+    project: &ProjectId,
+    id: Option<&JobId>,
+    state: Option<JobState>,
+    cursor: Option<&str>,
+    limit: i64,
+) -> sqlx::Result<Vec<JobRow>> {
+    sqlx::query_as!(
+        JobRow,
+        r#"
+        -- db::jobs::select
+        select j.id as "id: JobId", j.name, j.state as "state: JobState", j.spec as "spec: Json<TrainSpec>",
+            j.warnings, j.failure as "failure: Json<Failure>", w.lease_epoch, j.last_event_seq,
+            j.created_at, j.started_at, j.finished_at,
+            case
+                when j.state <> 'queued' then null
+                when t.state <> 'ready' then 'dataset_not_ready'
+                when w.eligible_at > now() then 'backoff'
+                when not exists (
+                    select 1 from workers where last_seen_at > now() - make_interval(secs => $6)
+                ) then 'no_worker'
+                else 'no_fitting_slot'
+            end as "wait_reason: WaitReason",
+            case when j.state = 'queued' then (
+                select 1 + count(*)
+                from work_items before
+                where before.state = 'queued' and before.kind = 'train'
+                    and (-before.priority, before.created_at, before.id) < (-w.priority, w.created_at, w.id)
+            ) end as queue_position,
+            p.step as "step?", p.loss, p.learning_rate, p.tokens_per_s, p.num_tokens as "num_tokens?",
+            p.num_restarts as "num_restarts?"
+        from jobs j
+        join work_items w on w.id = j.work_item_id
+        join tokenizations t on t.id = j.tokenization_id
+        left join job_progress p on p.job_id = j.id
+        where j.project_id = $1
+            and ($2::text is null or j.id = $2)
+            and ($3::text is null or j.state = $3)
+            and ($4::text is null or j.id < $4)
+        order by j.id desc
+        limit $5
+        "#,
+        project.as_str(),
+        id.map(JobId::as_str),
+        state as Option<JobState>,
+        cursor,
+        limit,
+        WORKER_ALIVE_S,
+    )
+    .fetch_all(pool)
+    .await
+}
+
+/// GPUs of the largest host that is alive; 0 if none has any.
+pub async fn max_gpus(connection: &mut PgConnection) -> sqlx::Result<i64> {
+    sqlx::query_scalar!(
+        r#"
+        -- db::jobs::max_gpus
+        select coalesce(max(num_gpus), 0) as "max_gpus!"
+        from workers
+        where last_seen_at > now() - make_interval(secs => $1)
+        "#,
+        WORKER_ALIVE_S,
+    )
+    .fetch_one(connection)
+    .await
+}
+
+pub async fn dataset_exists(
+    connection: &mut PgConnection,
+    project: &ProjectId,
+    dataset: &DatasetId,
+) -> sqlx::Result<bool> {
+    sqlx::query_scalar!(
+        r#"
+        -- db::jobs::dataset_exists
+        select exists (select 1 from datasets where project_id = $1 and id = $2) as "exists!"
+        "#,
+        project.as_str(),
+        dataset.as_str(),
+    )
+    .fetch_one(connection)
+    .await
+}
+
+/// What came of a request to cancel.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Cancellation {
+    /// It is cancelled, or will be as soon as its worker has heard of it.
+    Accepted,
+    NotFound,
+    /// It ended before, in this state.
+    Finished(JobState),
+}
+
+/// Cancels a job: at once while nobody works on it, else through the heartbeat of its worker.
+pub async fn cancel(pool: &PgPool, project: &ProjectId, id: &JobId) -> sqlx::Result<Cancellation> {
+    let mut tx = pool.begin().await?;
+    // The work item comes first, as in every transaction that locks both: a claim starts there.
+    let work_item = sqlx::query_scalar!(
+        r#"
+        -- db::jobs::cancel: lock
+        select w.id
+        from work_items w
+        where w.id = (select work_item_id from jobs where project_id = $1 and id = $2)
+        for update
+        "#,
+        project.as_str(),
+        id.as_str(),
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
+    let Some(work_item) = work_item else { return Ok(Cancellation::NotFound) };
+    let state = sqlx::query_scalar!(
+        r#"
+        -- db::jobs::cancel: state
+        select state as "state: JobState" from jobs where id = $1 for update
+        "#,
+        id.as_str(),
+    )
+    .fetch_one(&mut *tx)
+    .await?;
+
+    match state {
+        JobState::Queued | JobState::Paused => cancel_idle(&mut tx, id, &work_item).await?,
+        JobState::Starting | JobState::Running | JobState::Pausing => ask_to_cancel(&mut tx, id, &work_item).await?,
+        JobState::Cancelling | JobState::Cancelled => {}
+        JobState::Succeeded | JobState::Failed => return Ok(Cancellation::Finished(state)),
+    }
+    tx.commit().await?;
+    Ok(Cancellation::Accepted)
+}
+
+async fn cancel_idle(connection: &mut PgConnection, id: &JobId, work_item: &str) -> sqlx::Result<()> {
+    sqlx::query!(
+        r#"
+        -- db::jobs::cancel_idle
+        with done as (
+            update work_items set state = 'done' where id = $2
+        )
+        update jobs set state = 'cancelled', finished_at = now() where id = $1
+        "#,
+        id.as_str(),
+        work_item,
+    )
+    .execute(&mut *connection)
+    .await?;
+    let message = "cancelled while no worker was busy with it";
+    let event = NewEvent { kind: EventType::Cancelled, lease_epoch: None, message, data: json!({}) };
+    events::append(connection, id, event).await?;
+    Ok(())
+}
+
+async fn ask_to_cancel(connection: &mut PgConnection, id: &JobId, work_item: &str) -> sqlx::Result<()> {
+    sqlx::query!(
+        r#"
+        -- db::jobs::ask_to_cancel
+        with told as (
+            update work_items set desired = 'cancel' where id = $2
+        )
+        update jobs set state = 'cancelling' where id = $1
+        "#,
+        id.as_str(),
+        work_item,
+    )
+    .execute(&mut *connection)
+    .await?;
+    let message = "cancellation requested";
+    let event = NewEvent { kind: EventType::CancelRequested, lease_epoch: None, message, data: json!({}) };
+    events::append(connection, id, event).await?;
+    Ok(())
+}
+
+/// Where the logs of a job's attempts lie, in order.
+pub async fn find_log_keys(pool: &PgPool, project: &ProjectId, id: &JobId) -> sqlx::Result<Vec<String>> {
+    sqlx::query_scalar!(
+        r#"
+        -- db::jobs::find_log_keys
+        select a.log_key as "log_key!"
+        from jobs j
+        join attempts a on a.work_item_id = j.work_item_id
+        where j.project_id = $1 and j.id = $2 and a.log_key is not null
+        order by a.lease_epoch
+        "#,
+        project.as_str(),
+        id.as_str(),
+    )
+    .fetch_all(pool)
+    .await
+}

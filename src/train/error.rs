@@ -1,0 +1,69 @@
+//! How a run fails: the kind that the worker branches on, and a message for the person who has to act.
+
+use std::{any::Any, fmt::Display, path::Path};
+
+use crate::domain::job::FailureKind;
+
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct TrainError {
+    pub kind: FailureKind,
+    pub message: String,
+}
+
+impl TrainError {
+    pub fn new(kind: FailureKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into() }
+    }
+
+    /// The training data cannot be used.
+    pub fn data(path: &Path, reason: impl Display) -> Self {
+        Self::new(FailureKind::Data, format!("read {}: {reason}", path.display()))
+    }
+
+    /// The disk failed: `doing` says at what, `write` or `sync`.
+    pub fn storage(doing: &str, path: &Path, reason: impl Display) -> Self {
+        Self::new(FailureKind::Storage, format!("{doing} {}: {reason}", path.display()))
+    }
+
+    /// The state cannot be continued from.
+    pub fn state(path: &Path, reason: impl Display) -> Self {
+        Self::new(FailureKind::Internal, format!("read state {}: {reason}", path.display()))
+    }
+
+    /// What a panic carried. tch panics with libtorch's message where libtorch throws.
+    pub fn from_panic(payload: &(dyn Any + Send)) -> Self {
+        let message = payload
+            .downcast_ref::<String>()
+            .cloned()
+            .or_else(|| payload.downcast_ref::<&str>().map(|text| (*text).to_owned()))
+            .unwrap_or_else(|| "the trainer panicked".into());
+        Self::new(kind_of(&message), message)
+    }
+}
+
+fn kind_of(message: &str) -> FailureKind {
+    let says = |text: &str| message.contains(text);
+    if says("out of memory") || says("can't allocate memory") || says("not enough memory") {
+        FailureKind::OutOfMemory
+    } else if says("CUDA error") || says("CUDA driver") || says("no NVIDIA driver") {
+        FailureKind::Infrastructure
+    } else {
+        FailureKind::Internal
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_of_libtorch_without_memory_is_out_of_memory() {
+        let payload = std::panic::catch_unwind(|| {
+            let _ = tch::Tensor::zeros([1 << 50], (tch::Kind::Float, tch::Device::Cpu));
+        })
+        .expect_err("an exbibyte is not there");
+        let error = TrainError::from_panic(&*payload);
+        assert_eq!(error.kind, FailureKind::OutOfMemory, "{error}");
+    }
+}

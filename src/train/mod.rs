@@ -1,0 +1,30 @@
+//! The trainer: one synchronous process per device, from a spec and token files to nodes of a lineage.
+//!
+//! The only part that names libtorch. It knows no database, no network and no worker: files and JSON lines are all it
+//! reads and writes. The loop is in [`run`], the model in [`model`], what makes it ReLoRA in [`relora`].
+
+mod adamw;
+mod data;
+mod device;
+mod error;
+mod eval;
+mod events;
+mod layout;
+mod model;
+mod native;
+mod nodes;
+mod process;
+mod random;
+mod relora;
+mod run;
+mod state;
+mod tensor_file;
+mod weights;
+mod writer;
+
+#[cfg(test)]
+mod loop_tests;
+#[cfg(test)]
+mod test_support;
+
+pub use process::{Args, run};

@@ -1,0 +1,235 @@
+//! The LLaMA family, in the order in which its parts depend on each other. Parameter names equal those of
+//! `transformers` checkpoints.
+//!
+//! In shapes: b sequences, t positions, h hidden, n query heads, g key and value heads, d elements of a head,
+//! f intermediate, v vocabulary, r rank. Matrix products run in the model's kind; norms, rotations, the residual stream
+//! and the loss in fp32.
+
+use tch::{Device, Kind, Reduction, Tensor};
+
+use super::{
+    random::{Draws, Purpose},
+    weights::{Parameter, Weights},
+};
+use crate::domain::spec::{LowRank, ModelSpec, Precision};
+
+/// The wrapped matrices of a layer, in the order of `ModelSpec::linear_shapes`.
+pub const LINEARS: [&str; 7] = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+];
+
+/// The path of a wrapped matrix: its parameters are `{path}.weight`, `{path}.lora_A.weight`, `{path}.lora_B.weight`.
+pub fn linear_path(layer: i64, linear: usize) -> String {
+    format!("model.layers.{layer}.{}", LINEARS[linear])
+}
+
+/// Every parameter of the model, without LoRA factors, in the order in which initial weights are drawn.
+pub fn parameters(spec: &ModelSpec) -> Vec<Parameter> {
+    let parameter = |name: String, shape: &[i64], decays| Parameter { name, shape: shape.to_vec(), decays };
+    let hidden = spec.hidden_size;
+    let mut all = vec![parameter("model.embed_tokens.weight".into(), &[spec.vocab_size, hidden], false)];
+    for layer in 0..spec.num_hidden_layers {
+        for (linear, (rows, columns)) in spec.linear_shapes().into_iter().enumerate() {
+            all.push(parameter(format!("{}.weight", linear_path(layer, linear)), &[rows, columns], true));
+        }
+        for norm in ["input_layernorm", "post_attention_layernorm"] {
+            all.push(parameter(format!("model.layers.{layer}.{norm}.weight"), &[hidden], false));
+        }
+    }
+    all.push(parameter("model.norm.weight".into(), &[hidden], false));
+    if !spec.tie_word_embeddings {
+        all.push(parameter("lm_head.weight".into(), &[spec.vocab_size, hidden], true));
+    }
+    all
+}
+
+/// What dropout masks depend on: the place of a micro-batch in the whole run's sequence of training rows.
+#[derive(Debug, Clone, Copy)]
+pub struct DropoutPlace {
+    pub seed: i64,
+    pub first_seq: i64,
+}
+
+struct RmsNorm {
+    weight: Tensor,
+    eps: f64,
+}
+
+impl RmsNorm {
+    fn forward(&self, x: &Tensor) -> Tensor {
+        let mean_square = x.square().mean_dim([-1i64].as_slice(), true, Kind::Float);
+        x * (mean_square + self.eps).rsqrt() * &self.weight
+    }
+}
+
+/// The low-rank branch beside a frozen matrix.
+struct Branch {
+    a: Tensor, // (r, in)
+    b: Tensor, // (out, r)
+    scale: f64,
+}
+
+struct Linear {
+    weight: Tensor, // (out, in)
+    branch: Option<Branch>,
+}
+
+impl Linear {
+    /// `mask` is the dropout on the branch's input.
+    fn forward(&self, x: &Tensor, mask: Option<&Tensor>) -> Tensor {
+        let product = |x: &Tensor, weight: &Tensor| x.linear(&weight.to_kind(x.kind()), None::<Tensor>);
+        let y = product(x, &self.weight);
+        let Some(branch) = &self.branch else { return y };
+        let x = mask.map_or_else(|| x.shallow_clone(), |mask| x * mask);
+        y + product(&product(&x, &branch.a), &branch.b) * branch.scale
+    }
+}
+
+/// Rotary position embedding in the half-split form: element i is rotated together with element i + d/2.
+struct Rotary {
+    cos: Tensor, // (t, d)
+    sin: Tensor, // (t, d)
+}
+
+impl Rotary {
+    fn new(spec: &ModelSpec, device: Device) -> Self {
+        let dim = spec.head_dim();
+        let frequencies: Vec<_> =
+            (0..dim / 2).map(|i| spec.rope_theta.powf(-2.0 * i as f64 / dim as f64) as f32).collect();
+        let positions = Tensor::arange(spec.max_position_embeddings, (Kind::Float, device));
+        let angles = positions.outer(&Tensor::from_slice(&frequencies).to_device(device));
+        let angles = Tensor::cat(&[&angles, &angles], -1);
+        Self { cos: angles.cos(), sin: angles.sin() }
+    }
+
+    /// x: (b, heads, t, d).
+    fn rotate(&self, x: &Tensor) -> Tensor {
+        let (num_positions, half) = (x.size()[2], x.size()[3] / 2);
+        let (cos, sin) = (self.cos.narrow(0, 0, num_positions), self.sin.narrow(0, 0, num_positions));
+        let turned = Tensor::cat(&[&-x.narrow(-1, half, half), &x.narrow(-1, 0, half)], -1);
+        (x * cos + turned * sin).to_kind(x.kind())
+    }
+}
+
+struct Layer {
+    input_norm: RmsNorm,
+    post_attention_norm: RmsNorm,
+    linears: [Linear; 7],
+    num_heads: i64,
+    num_kv_heads: i64,
+}
+
+impl Layer {
+    /// x: (b, t, h), the fp32 residual stream. `masks` has one mask per linear.
+    fn forward(&self, x: &Tensor, rotary: &Rotary, kind: Kind, masks: Option<&[Tensor]>) -> Tensor {
+        let mask = |linear: usize| masks.map(|masks| &masks[linear]);
+        let [q, k, v, o, gate, up, down] = &self.linears;
+        let (b, t, h) = (x.size()[0], x.size()[1], x.size()[2]);
+
+        let normed = self.input_norm.forward(x).to_kind(kind);
+        let heads = |y: Tensor, num_heads: i64| y.view([b, t, num_heads, h / self.num_heads]).transpose(1, 2);
+        let q = rotary.rotate(&heads(q.forward(&normed, mask(0)), self.num_heads)); // (b, n, t, d)
+        let k = rotary.rotate(&heads(k.forward(&normed, mask(1)), self.num_kv_heads)); // (b, g, t, d)
+        let v = heads(v.forward(&normed, mask(2)), self.num_kv_heads); // (b, g, t, d)
+        let is_grouped = self.num_kv_heads != self.num_heads;
+        let mixed = Tensor::scaled_dot_product_attention(&q, &k, &v, None::<Tensor>, 0.0, true, None, is_grouped);
+        let mixed = mixed.transpose(1, 2).reshape([b, t, h]);
+        let x = x + o.forward(&mixed, mask(3));
+
+        let normed = self.post_attention_norm.forward(&x).to_kind(kind);
+        let gated = gate.forward(&normed, mask(4)).silu() * up.forward(&normed, mask(5)); // (b, t, f)
+        x + down.forward(&gated, mask(6))
+    }
+}
+
+/// The model over a set of weights. It shares their storage, so it follows every update in place.
+pub struct Llama {
+    embed_tokens: Tensor,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    lm_head: Linear,
+    rotary: Rotary,
+    kind: Kind,
+    dropout: f64,
+}
+
+impl Llama {
+    /// `low_rank` must be given where `weights` are wrapped.
+    pub fn new(spec: &ModelSpec, weights: &Weights, low_rank: Option<LowRank>, precision: Precision) -> Self {
+        let tensor = |name: String| weights.tensor(&name);
+        let norm = |name: String| RmsNorm { weight: tensor(name), eps: spec.rms_norm_eps };
+        let linear = |path: &str| Linear {
+            weight: tensor(format!("{path}.weight")),
+            branch: low_rank.filter(|_| weights.low_rank.is_some()).map(|low_rank| Branch {
+                a: tensor(format!("{path}.lora_A.weight")),
+                b: tensor(format!("{path}.lora_B.weight")),
+                scale: low_rank.scale,
+            }),
+        };
+        let layers = (0..spec.num_hidden_layers).map(|layer| Layer {
+            input_norm: norm(format!("model.layers.{layer}.input_layernorm.weight")),
+            post_attention_norm: norm(format!("model.layers.{layer}.post_attention_layernorm.weight")),
+            linears: std::array::from_fn(|index| linear(&linear_path(layer, index))),
+            num_heads: spec.num_attention_heads,
+            num_kv_heads: spec.num_key_value_heads,
+        });
+        let head = if spec.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        Self {
+            embed_tokens: tensor("model.embed_tokens.weight".into()),
+            layers: layers.collect(),
+            norm: norm("model.norm.weight".into()),
+            lm_head: Linear { weight: tensor(head.into()), branch: None },
+            rotary: Rotary::new(spec, weights.full_rank.values.device()),
+            kind: match precision {
+                Precision::Fp32 => Kind::Float,
+                Precision::Bf16 => Kind::BFloat16,
+            },
+            dropout: low_rank.map_or(0.0, |low_rank| low_rank.dropout),
+        }
+    }
+
+    /// Logits (b, t, v) in fp32 for tokens (b, t). Dropout is on where its place is given.
+    pub fn forward(&self, tokens: &Tensor, place: Option<DropoutPlace>) -> Tensor {
+        let mut x = Tensor::embedding(&self.embed_tokens, tokens, -1, false, false); // (b, t, h)
+        for (index, layer) in self.layers.iter().enumerate() {
+            let masks = place
+                .filter(|_| self.dropout > 0.0 && layer.linears[0].branch.is_some())
+                .map(|place| self.dropout_masks(layer, index as i64, &x, place));
+            x = layer.forward(&x, &self.rotary, self.kind, masks.as_deref());
+        }
+        self.lm_head.forward(&self.norm.forward(&x).to_kind(self.kind), None).to_kind(Kind::Float)
+    }
+
+    /// The summed cross-entropy of rows (b, t + 1): each gives t targets.
+    pub fn summed_loss(&self, rows: &Tensor, place: Option<DropoutPlace>) -> Tensor {
+        let num_targets = rows.size()[1] - 1;
+        let logits = self.forward(&rows.narrow(1, 0, num_targets), place);
+        let targets = rows.narrow(1, 1, num_targets).reshape([-1]);
+        let logits = logits.view([-1, logits.size()[2]]);
+        logits.cross_entropy_loss(&targets, None::<Tensor>, Reduction::Sum, -100, 0.0)
+    }
+
+    /// One mask per linear of the layer, scaled so that means stay. Each sequence's masks are drawn on their own, from
+    /// libtorch's generator under a seed of that sequence and layer: micro-batches do not matter.
+    fn dropout_masks(&self, layer: &Layer, layer_index: i64, x: &Tensor, place: DropoutPlace) -> Vec<Tensor> {
+        let (b, t) = (x.size()[0], x.size()[1]);
+        let widths = layer.linears.each_ref().map(|linear| linear.weight.size()[1]);
+        let keep = 1.0 - self.dropout;
+        let masks: Vec<_> = (0..b)
+            .map(|row| {
+                let draws = Draws::new(place.seed, Purpose::Dropout, [place.first_seq + row, layer_index]);
+                let [low, high, ..] = draws.block(0);
+                tch::manual_seed((i64::from(high) << 31) ^ i64::from(low));
+                Tensor::empty([t, widths.iter().sum()], (Kind::Float, x.device())).bernoulli_float_(keep)
+            })
+            .collect();
+        let masks = (Tensor::stack(&masks, 0) / keep).to_kind(self.kind); // (b, t, sum of widths)
+        masks.split_with_sizes(widths, -1)
+    }
+}

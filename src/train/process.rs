@@ -1,0 +1,173 @@
+//! The trainer as a process: from its arguments to its last event.
+
+use std::{
+    fs,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::mpsc::Receiver,
+};
+
+use super::{
+    data::Dataset,
+    device,
+    error::TrainError,
+    events::{self, Events},
+    model::Llama,
+    nodes::Nodes,
+    run::{Ending, Run},
+    state::{LoopState, Phase, StateFile},
+    weights::Weights,
+};
+use crate::domain::{
+    contract::{Command, Event, FORMAT_VERSION, Fingerprint},
+    job::FailureKind,
+    schedule::Schedule,
+    spec::TrainSpec,
+};
+
+/// Trains one job: reads its spec and data from files, writes nodes into a directory, reports on stdout.
+#[derive(Debug, Clone, clap::Parser)]
+#[command(name = "relora-trainer", version)]
+pub struct Args {
+    /// The normalised training spec, a JSON file.
+    pub spec: PathBuf,
+    /// Directory of the tokenized data.
+    #[arg(long)]
+    pub data: PathBuf,
+    /// Directory into which nodes are written.
+    #[arg(long)]
+    pub out: PathBuf,
+    /// The state to go on from, such as `OUT/states/120`.
+    #[arg(long)]
+    pub resume: Option<PathBuf>,
+    /// This process among those of the job.
+    #[arg(long, default_value_t = 0)]
+    pub rank: i64,
+    /// Processes of the job.
+    #[arg(long, default_value_t = 1)]
+    pub world_size: i64,
+    /// CPU threads; all cores by default.
+    #[arg(long)]
+    pub threads: Option<i32>,
+}
+
+/// Says on stdout what a trainer can use here: one JSON object with `device` and `num_gpus`.
+pub fn probe() -> ExitCode {
+    let (device, num_gpus) = device::available();
+    println!("{}", serde_json::json!({"device": device, "num_gpus": num_gpus}));
+    ExitCode::SUCCESS
+}
+
+/// Runs to the last event. Whatever goes wrong becomes a `Failed` event and a non-zero exit code.
+pub fn run(args: &Args) -> ExitCode {
+    let events = Events::new(std::io::stdout());
+    let result = catch_unwind(AssertUnwindSafe(|| {
+        let spec = read_spec(args)?;
+        let device = device::set_up(spec.resources.device, args.threads)?;
+        train(args, spec, device, &events, events::commands_from_stdin())
+    }))
+    .unwrap_or_else(|panic| Err(TrainError::from_panic(&*panic)));
+    match result {
+        Ok(_) => ExitCode::SUCCESS,
+        Err(TrainError { kind, message }) => {
+            tracing::error!(failure.kind = ?kind, message, "run failed");
+            events.emit(&Event::Failed { kind, message });
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Trains to the end or to a stop, and reports which, after the last node is written.
+pub fn train(
+    args: &Args,
+    spec: TrainSpec,
+    device: tch::Device,
+    events: &Events,
+    commands: Receiver<Command>,
+) -> Result<Ending, TrainError> {
+    let dataset = Dataset::open(&args.data, &spec)?;
+    let fingerprint = device::fingerprint(device, &spec);
+    let (out_dir, eos_token_id) = (args.out.clone(), dataset.tokenization.eos_token_id);
+    let mut nodes = Nodes::new(out_dir, events.clone(), args.data.clone(), eos_token_id, fingerprint.clone());
+    let (weights, state) = match &args.resume {
+        None => (Weights::initial(&spec.model, spec.seed, device), LoopState::new()),
+        Some(state_dir) => resume(state_dir, &spec, device, &fingerprint, events)?,
+    };
+    if let Some(state_dir) = args.resume.as_deref().filter(|dir| lies_in(dir, &args.out)) {
+        tracing::info!(state.path = %state_dir.display(), "frozen weights are shared with the state");
+        nodes.set_frozen_on_disk(state.restart);
+    }
+    let mut run = Run {
+        schedule: Schedule::new(&spec),
+        model: Llama::new(&spec.model, &weights, spec.method.low_rank(), spec.precision),
+        is_settled: args.resume.is_some(),
+        events: events.clone(),
+        spec,
+        device,
+        dataset,
+        weights,
+        state,
+        nodes,
+        commands,
+    };
+    events.emit(&Event::Ready {
+        format_version: FORMAT_VERSION,
+        device: fingerprint.device.clone(),
+        step: run.state.step,
+        num_params: run.spec.model.num_params(),
+        fingerprint,
+    });
+    let ending = run.train()?;
+    run.nodes.finish()?;
+    let step = run.state.step;
+    events.emit(&match ending {
+        Ending::Done => Event::Done { step },
+        Ending::Stopped => Event::Stopped { step },
+    });
+    Ok(ending)
+}
+
+fn read_spec(args: &Args) -> Result<TrainSpec, TrainError> {
+    if (args.rank, args.world_size) != (0, 1) {
+        let message = format!("rank {} of {}: this trainer runs as one process only", args.rank, args.world_size);
+        return Err(TrainError::new(FailureKind::UserConfig, message));
+    }
+    let config = |reason: String| {
+        TrainError::new(FailureKind::UserConfig, format!("read spec {}: {reason}", args.spec.display()))
+    };
+    let json = fs::read(&args.spec).map_err(|error| config(error.to_string()))?;
+    serde_json::from_slice(&json).map_err(|error| config(error.to_string()))
+}
+
+/// Weights and loop state as they were written.
+fn resume(
+    state_dir: &Path,
+    spec: &TrainSpec,
+    device: tch::Device,
+    fingerprint: &Fingerprint,
+    events: &Events,
+) -> Result<(Weights, LoopState), TrainError> {
+    let file = StateFile::read(state_dir)?;
+    file.check_spec(spec)?;
+    let state = file.loop_state.clone();
+    let mut weights = match (state.phase, spec.method.low_rank()) {
+        (Phase::LowRank, Some(low_rank)) => Weights::zeros_wrapped(&spec.model, low_rank, spec.precision, device),
+        _ => Weights::zeros(&spec.model, device),
+    };
+    file.read_tensors(state_dir, &mut weights)?;
+    if file.fingerprint != *fingerprint {
+        let message =
+            format!("numerics changed, results are no longer exact: {:?}, now {fingerprint:?}", file.fingerprint);
+        events.emit(&Event::Warning { step: state.step, message });
+    }
+    Ok((weights, state))
+}
+
+/// Whether a state lies in this output directory, so that its frozen weights need not be written again.
+fn lies_in(state_dir: &Path, out_dir: &Path) -> bool {
+    match (state_dir.join("../..").canonicalize(), out_dir.canonicalize()) {
+        (Ok(of_state), Ok(out)) => of_state == out,
+        _ => false,
+    }
+}

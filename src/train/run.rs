@@ -1,0 +1,241 @@
+//! The training loop: one function, read from top to bottom. What happens at a step is decided by pure functions of the
+//! step in `domain::schedule`.
+
+use std::{
+    sync::mpsc::{Receiver, TryRecvError},
+    time::Instant,
+};
+
+use tch::Tensor;
+
+use super::{
+    data::Dataset,
+    error::TrainError,
+    eval,
+    events::Events,
+    model::{DropoutPlace, Llama},
+    nodes::Nodes,
+    state::{LoopState, Phase},
+    weights::Weights,
+};
+use crate::domain::{
+    contract::{Command, Event, StepReport},
+    job::FailureKind,
+    schedule::Schedule,
+    spec::{OptimizerReset, TrainSpec},
+};
+
+/// Batches in a row whose loss or gradient is not finite, after which the run has diverged.
+const MAX_SKIPPED_IN_A_ROW: i64 = 10;
+
+/// A run between two steps.
+pub struct Run {
+    pub spec: TrainSpec,
+    pub schedule: Schedule,
+    pub device: tch::Device,
+    pub dataset: Dataset,
+    pub weights: Weights,
+    pub model: Llama,
+    pub state: LoopState,
+    /// Whether everything that falls between the last update and the next one is behind it, as in every state.
+    pub is_settled: bool,
+    pub nodes: Nodes,
+    pub events: Events,
+    pub commands: Receiver<Command>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    Done,
+    Stopped,
+}
+
+impl Run {
+    /// Trains until the end or a stop.
+    ///
+    /// An update moves the step on; what falls between two updates happens once, before the next one, in a fixed
+    /// order, so that a state written last holds all of it.
+    pub fn train(&mut self) -> Result<Ending, TrainError> {
+        let mut report = None;
+        loop {
+            let step = self.state.step;
+            let is_last = step == self.schedule.num_steps;
+
+            if !self.is_settled {
+                // The wrap and the restart: the function stays, what is trained changes.
+                let wraps = self.schedule.wraps_after(step);
+                if wraps {
+                    self.wrap();
+                }
+                if let Some(restart) = self.schedule.restart_after(step) {
+                    self.restart(restart)?;
+                }
+                if let Some(report) = report.take() {
+                    self.events.emit(&Event::Step(StepReport { num_restarts: self.state.restart, ..report }));
+                }
+                if step % self.spec.eval.every_steps == 0 || wraps || is_last {
+                    self.evaluate()?;
+                }
+                if wraps {
+                    self.nodes.save_base(&self.state, &self.weights, &self.spec)?;
+                }
+                if (step > 0 && step % self.spec.checkpoints.every_steps == 0) || wraps || is_last {
+                    self.nodes.save_checkpoint(&self.state, &self.weights, &self.spec)?;
+                }
+                self.is_settled = true;
+            }
+            if is_last {
+                self.sample()?;
+                return Ok(Ending::Done);
+            }
+
+            match self.commands.try_recv() {
+                Ok(Command::Stop) | Err(TryRecvError::Disconnected) => {
+                    self.nodes.save_state(&self.state, &self.weights, &self.spec)?;
+                    return Ok(Ending::Stopped);
+                }
+                Ok(Command::SaveState) => self.nodes.save_state(&self.state, &self.weights, &self.spec)?,
+                Err(TryRecvError::Empty) if self.nodes.state_is_due(&self.spec) => {
+                    self.nodes.save_state(&self.state, &self.weights, &self.spec)?;
+                }
+                Err(TryRecvError::Empty) => self.nodes.check()?,
+            }
+
+            let started = Instant::now();
+            let learning_rate = self.schedule.learning_rate(step);
+            let loss = self.accumulate_gradients()?;
+            let grad_norm = self.gradient_norm();
+            // Reading the loss and the norm waits for the device, once per update.
+            let (loss, grad_norm) = (loss.double_value(&[]), grad_norm.double_value(&[]));
+            if !(loss.is_finite() && grad_norm.is_finite()) {
+                self.skip(loss, grad_norm)?;
+                continue;
+            }
+            self.clip(grad_norm);
+            for group in self.weights.groups_mut() {
+                group.adamw_update(&self.spec.optimizer, learning_rate);
+            }
+            self.state.step += 1;
+            self.state.num_skipped_in_a_row = 0;
+            self.is_settled = false;
+            report = Some(StepReport {
+                step: self.state.step,
+                loss,
+                grad_norm,
+                learning_rate,
+                tokens_per_s: self.tokens_per_batch() as f64 / started.elapsed().as_secs_f64(),
+                num_tokens: self.state.num_tokens,
+                num_restarts: self.state.restart,
+            });
+        }
+    }
+
+    /// Freezes the matrices and puts factors beside them.
+    fn wrap(&mut self) {
+        let Some(low_rank) = self.spec.method.low_rank() else { return };
+        tracing::info!(step = self.state.step, low_rank.rank, low_rank.scale, "wrap");
+        self.weights.wrap(&self.spec.model, low_rank, self.spec.precision, self.spec.seed);
+        self.model = Llama::new(&self.spec.model, &self.weights, Some(low_rank), self.spec.precision);
+        self.state.phase = Phase::LowRank;
+    }
+
+    /// Merges the factors, saves what was merged, and begins the next cycle if there is one.
+    fn restart(&mut self, restart: i64) -> Result<(), TrainError> {
+        let (Some(method), Some(low_rank)) = (self.spec.method.low_rank(), &mut self.weights.low_rank) else {
+            return Ok(());
+        };
+        let merged_factors = low_rank.factor_values();
+        low_rank.merge(method.scale);
+        if self.state.step < self.schedule.num_steps {
+            low_rank.draw_factors(self.spec.seed, restart);
+            if let Some(OptimizerReset::Zero {}) = self.spec.method.optimizer_reset() {
+                low_rank.factors.reset_optimizer();
+            }
+        } else {
+            low_rank.zero_b();
+        }
+        self.state.restart = restart;
+        tracing::info!(self.state.step, restart, "restart");
+        self.nodes.save_restart(&self.state, &self.weights, &self.spec, merged_factors)
+    }
+
+    fn evaluate(&self) -> Result<(), TrainError> {
+        let evaluation = eval::evaluate(&self.model, &self.dataset.valid, &self.spec, self.device)?;
+        self.events.emit(&Event::Eval {
+            step: self.state.step,
+            loss: evaluation.loss,
+            perplexity: evaluation.loss.exp(),
+            num_tokens: evaluation.num_tokens,
+        });
+        Ok(())
+    }
+
+    fn sample(&self) -> Result<(), TrainError> {
+        for (prompt, text) in eval::sample(&self.model, &self.dataset, &self.spec, self.device)? {
+            self.events.emit(&Event::Sample { step: self.state.step, prompt, text });
+        }
+        Ok(())
+    }
+
+    /// Forward and backward over the next global batch, in micro-batches. Returns the mean loss over all its targets.
+    fn accumulate_gradients(&mut self) -> Result<Tensor, TrainError> {
+        let batch = &self.spec.batch;
+        let num_targets = (batch.num_seqs * (batch.sequence_length - 1)) as f64;
+        let first_seq = self.state.num_batches * batch.num_seqs;
+        let mut loss = Tensor::zeros([1], (tch::Kind::Float, self.device)).squeeze();
+        for group in self.weights.groups_mut() {
+            let _ = group.gradients.zero_();
+        }
+        let mut done_seqs = 0;
+        while done_seqs < batch.num_seqs {
+            let num_seqs = batch.micro_batch_seqs.min(batch.num_seqs - done_seqs);
+            let rows = self.dataset.training_rows(first_seq + done_seqs, num_seqs, self.device)?;
+            let place = DropoutPlace { seed: self.spec.seed, first_seq: first_seq + done_seqs };
+            let share = self.model.summed_loss(&rows, Some(place)) / num_targets;
+            let leaves: Vec<_> = self.weights.groups().flat_map(|group| &group.leaves).collect();
+            let mut gradients = Tensor::run_backward(&[&share], &leaves, false, false);
+            for group in self.weights.groups_mut() {
+                let of_others = gradients.split_off(group.leaves.len());
+                group.add_gradients(&std::mem::replace(&mut gradients, of_others));
+            }
+            loss += share.detach();
+            done_seqs += num_seqs;
+        }
+        self.state.num_batches += 1;
+        self.state.num_tokens += self.tokens_per_batch();
+        Ok(loss)
+    }
+
+    /// Over all trained parameters together.
+    fn gradient_norm(&self) -> Tensor {
+        let norms: Vec<_> = self.weights.groups().map(super::weights::Group::gradient_norm).collect();
+        Tensor::stack(&norms, 0).norm()
+    }
+
+    fn clip(&mut self, grad_norm: f64) {
+        let clip_norm = self.spec.optimizer.clip_norm;
+        let factor = clip_norm / (grad_norm + 1e-6);
+        if clip_norm > 0.0 && factor < 1.0 {
+            for group in self.weights.groups_mut() {
+                group.gradients *= factor;
+            }
+        }
+    }
+
+    /// Goes on with the next batch at the same step, so that schedule and step count stay together.
+    fn skip(&mut self, loss: f64, grad_norm: f64) -> Result<(), TrainError> {
+        self.state.num_skipped_in_a_row += 1;
+        let message = format!("batch skipped: its loss is {loss}, its gradient norm {grad_norm}");
+        if self.state.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW {
+            let advice = "lower the learning rate, clip harder, or lengthen the warm-up";
+            let message = format!("{MAX_SKIPPED_IN_A_ROW} batches in a row were skipped; last {message}; {advice}");
+            return Err(TrainError::new(FailureKind::Diverged, message));
+        }
+        self.events.emit(&Event::Warning { step: self.state.step, message });
+        Ok(())
+    }
+
+    fn tokens_per_batch(&self) -> i64 {
+        self.spec.batch.num_seqs * self.spec.batch.sequence_length
+    }
+}

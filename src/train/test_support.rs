@@ -1,0 +1,155 @@
+//! What the trainer's tests share: a small spec, data, and runs in process.
+
+use std::{
+    fs,
+    io::{self, Write},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        mpsc::{self, Sender},
+    },
+};
+
+use safetensors::SafeTensors;
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+use tempfile::TempDir;
+
+use super::{
+    error::TrainError,
+    events::Events,
+    process::{self, Args},
+    random::{Draws, Purpose},
+};
+use crate::domain::{
+    contract::{Command, Event},
+    spec::TrainSpec,
+};
+
+pub const VOCAB_SIZE: i64 = 61;
+
+/// ReLoRA with a warm start of 4 and cycles of 5 steps, changed as the JSON merge patch says.
+pub fn spec(patch: Value) -> TrainSpec {
+    let mut spec = json!({
+        "spec_version": 1, "name": "test", "dataset": "ds_1", "tokenization": "tz_1",
+        "model": {
+            "preset": null, "vocab_size": VOCAB_SIZE, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 32, "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0, "initializer_range": 0.1, "tie_word_embeddings": false
+        },
+        "method": {
+            "type": "relora", "rank": 3, "alpha": 6.0, "dropout": 0.0, "warm_start_steps": 4, "relora_warmup_steps": 2,
+            "restart_every_steps": 5, "restart_warmup_steps": 2, "restart_lr": "one_over_w",
+            "optimizer_reset": {"type": "zero"}, "allow_short_last_cycle": false
+        },
+        "optimizer": {
+            "learning_rate": 0.01, "warm_start_learning_rate": 0.005, "betas": [0.9, 0.99], "eps": 1e-8,
+            "weight_decay": 0.01, "clip_norm": 1.0
+        },
+        "schedule": {"num_steps": 14, "warmup_steps": 2, "min_lr_frac": 0.1},
+        "batch": {"num_seqs": 5, "sequence_length": 9, "micro_batch_seqs": 2},
+        "precision": "fp32", "deterministic": true, "seed": 11,
+        "eval": {"every_steps": 100, "max_tokens": 90, "prompts": []},
+        "checkpoints": {"every_steps": 100}, "state_every_s": 3600,
+        "resources": {"device": "cpu", "num_gpus": 1}, "priority": 0, "labels": {}, "max_runtime_s": null
+    });
+    merge(&mut spec, patch);
+    serde_json::from_value(spec).expect("a spec")
+}
+
+fn merge(target: &mut Value, patch: Value) {
+    match (target, patch) {
+        // A method of another type has other fields.
+        (target, Value::Object(patch)) if patch.contains_key("type") => *target = Value::Object(patch),
+        (Value::Object(target), Value::Object(patch)) => {
+            patch.into_iter().for_each(|(key, value)| merge(target.entry(key).or_insert(Value::Null), value));
+        }
+        (target, patch) => *target = patch,
+    }
+}
+
+/// One thread: tests run beside each other, and equal bits need equal threads.
+pub fn scratch_dir() -> TempDir {
+    tch::set_num_threads(1);
+    tempfile::tempdir().expect("a scratch directory")
+}
+
+/// Tokens of which each depends on the one before, so that there is something to learn.
+pub fn write_data(dir: &Path) {
+    let mut token = 0;
+    for (split, num_tokens) in [("train.bin", 500), ("valid.bin", 100)] {
+        let mut bytes = Vec::new();
+        for index in 0..num_tokens {
+            let [word, ..] = Draws::new(99, Purpose::Weights, [num_tokens, index]).block(0);
+            token = (token * 3 + i64::from(word % 4)) % VOCAB_SIZE;
+            bytes.extend((token as u16).to_le_bytes());
+        }
+        fs::write(dir.join(split), bytes).expect("write tokens");
+    }
+    let facts = json!({
+        "format_version": 1, "dtype": "u16", "vocab_size": VOCAB_SIZE, "train_tokens": 500, "valid_tokens": 100,
+        "eos_token_id": 0
+    });
+    fs::write(dir.join("tokenization.json"), facts.to_string()).expect("write tokenization");
+    fs::write(dir.join("tokenizer.json"), "{}").expect("write tokenizer");
+}
+
+/// Records events, and asks for a stop once the step of this number is reported.
+struct Recorder {
+    events: Arc<Mutex<Vec<Event>>>,
+    stop_after: Option<i64>,
+    commands: Sender<Command>,
+}
+
+impl Write for Recorder {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let event: Event = serde_json::from_slice(line)?;
+        if matches!(&event, Event::Step(report) if Some(report.step) == self.stop_after) {
+            self.commands.send(Command::Stop).map_err(io::Error::other)?;
+        }
+        self.events.lock().expect("events").push(event);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Runs in a directory that holds `data/` and receives `out/`; returns the events.
+pub fn try_train(
+    dir: &Path,
+    spec: &TrainSpec,
+    resume: Option<PathBuf>,
+    stop_after: Option<i64>,
+) -> Result<Vec<Event>, TrainError> {
+    let data = dir.join("data");
+    if !data.exists() {
+        fs::create_dir(&data).expect("create data");
+        write_data(&data);
+    }
+    let args =
+        Args { spec: dir.join("spec.json"), data, out: dir.join("out"), resume, rank: 0, world_size: 1, threads: None };
+    let (commands, receiver) = mpsc::channel();
+    let events = Arc::new(Mutex::new(Vec::new()));
+    let recorder = Recorder { events: Arc::clone(&events), stop_after, commands: commands.clone() };
+    process::train(&args, spec.clone(), Device::Cpu, &Events::new(recorder), receiver)?;
+    drop(commands);
+    Ok(events.lock().expect("events").clone())
+}
+
+/// Runs to the end.
+pub fn train(dir: &Path, spec: &TrainSpec) -> Vec<Event> {
+    try_train(dir, spec, None, None).expect("train")
+}
+
+/// The tensors of a safetensors file.
+pub fn read_tensors(path: &Path) -> Vec<(String, Tensor)> {
+    let bytes = fs::read(path).expect("read tensors");
+    let file = SafeTensors::deserialize(&bytes).expect("a whole file");
+    let tensor = |view: &safetensors::tensor::TensorView<'_>| {
+        let shape: Vec<_> = view.shape().iter().map(|&n| n as i64).collect();
+        Tensor::from_data_size(view.data(), &shape, Kind::Float)
+    };
+    file.tensors().into_iter().map(|(name, view)| (name, tensor(&view))).collect()
+}

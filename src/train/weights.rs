@@ -1,0 +1,154 @@
+//! Parameters that are trained together, in flat fp32 buffers: values, gradients and Adam's moments.
+//!
+//! Every parameter is a view into its group's buffer, so one operation on the buffer acts on all of them. Buffers are
+//! edited in place and never replaced: views, and the model that holds them, stay valid.
+
+use tch::{Device, Kind, Tensor};
+
+use super::relora::Frozen;
+
+/// Parameters begin at multiples of this many elements (64 bytes): kernels choose their path by alignment, and the
+/// choice must not depend on what lies before a parameter.
+const ALIGNMENT: i64 = 16;
+/// Buffers have a multiple of this many elements, so that norms can be taken row by row.
+const ROW: i64 = 1_024;
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Parameter {
+    pub name: String,
+    pub shape: Vec<i64>,
+    /// Whether weight decay acts on it: not on norms and embeddings.
+    pub decays: bool,
+}
+
+/// The parameters of a model, and which of them are trained.
+pub struct Weights {
+    /// Everything in a full-rank phase; embeddings, norms and head in a low-rank phase.
+    pub full_rank: Group,
+    pub low_rank: Option<LowRankWeights>,
+}
+
+pub struct LowRankWeights {
+    /// A and B of every wrapped matrix.
+    pub factors: Group,
+    /// The matrices that they update.
+    pub frozen: Vec<Frozen>,
+}
+
+impl Weights {
+    /// The groups that are trained.
+    pub fn groups(&self) -> impl Iterator<Item = &Group> {
+        [Some(&self.full_rank), self.low_rank.as_ref().map(|low_rank| &low_rank.factors)].into_iter().flatten()
+    }
+
+    pub fn groups_mut(&mut self) -> impl Iterator<Item = &mut Group> {
+        [Some(&mut self.full_rank), self.low_rank.as_mut().map(|low_rank| &mut low_rank.factors)].into_iter().flatten()
+    }
+}
+
+pub struct Group {
+    /// In the order of the buffers: first those that decay.
+    pub parameters: Vec<Parameter>,
+    /// Views of `values` that record gradients.
+    pub leaves: Vec<Tensor>,
+    pub values: Tensor,
+    pub gradients: Tensor,
+    pub exp_avg: Tensor,
+    pub exp_avg_sq: Tensor,
+    /// Updates that Adam's moments have seen.
+    pub num_updates: i64,
+    /// How far from the start weight decay reaches.
+    pub decayed_len: i64,
+    gradient_views: Vec<Tensor>,
+}
+
+impl Group {
+    /// All zeros.
+    pub fn new(parameters: Vec<Parameter>, device: Device) -> Self {
+        let (mut parameters, others): (Vec<_>, Vec<_>) = parameters.into_iter().partition(|p| p.decays);
+        let decayed_len = parameters.iter().map(padded_len).sum();
+        parameters.extend(others);
+        let len = parameters.iter().map(padded_len).sum::<i64>().max(1);
+        let zeros = || Tensor::zeros([(len + ROW - 1) / ROW * ROW], (Kind::Float, device));
+        let (values, gradients) = (zeros(), zeros());
+        let leaves = views(&parameters, &values).into_iter().map(|v| v.detach().set_requires_grad(true)).collect();
+        let gradient_views = views(&parameters, &gradients);
+        Self {
+            leaves,
+            values,
+            exp_avg: zeros(),
+            exp_avg_sq: zeros(),
+            num_updates: 0,
+            decayed_len,
+            gradient_views,
+            gradients,
+            parameters,
+        }
+    }
+
+    /// One view per parameter of a buffer that is laid out as this group's are.
+    pub fn views(&self, buffer: &Tensor) -> Vec<Tensor> {
+        views(&self.parameters, buffer)
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.parameters.iter().map(|parameter| parameter.name.as_str())
+    }
+
+    /// The trained tensor of this name.
+    pub fn leaf(&self, name: &str) -> Option<&Tensor> {
+        self.names().position(|known| known == name).map(|index| &self.leaves[index])
+    }
+
+    /// Sets one parameter.
+    pub fn set(&mut self, index: usize, value: &Tensor) {
+        let _guard = tch::no_grad_guard();
+        self.leaves[index].copy_(value);
+    }
+
+    /// Sets the parameter of this name.
+    ///
+    /// # Panics
+    /// If there is none: the names come from the same spec as the group.
+    pub fn set_by_name(&mut self, name: &str, value: &Tensor) {
+        let index = self.names().position(|known| known == name);
+        self.set(index.unwrap_or_else(|| panic!("the group has no parameter {name}")), value);
+    }
+
+    /// Adds one gradient per parameter, in their order.
+    pub fn add_gradients(&mut self, gradients: &[Tensor]) {
+        let _guard = tch::no_grad_guard();
+        for (sum, gradient) in self.gradient_views.iter_mut().zip(gradients) {
+            *sum += gradient;
+        }
+    }
+
+    /// Gives back the memory of everything but the values: the group is about to be replaced.
+    pub fn free_training_buffers(&mut self) {
+        self.gradient_views.clear();
+        for buffer in [&mut self.gradients, &mut self.exp_avg, &mut self.exp_avg_sq] {
+            *buffer = Tensor::zeros([0], (Kind::Float, Device::Cpu));
+        }
+    }
+
+    /// The norm of the gradients. Summed in two levels: one fp32 sum over all elements loses digits.
+    pub fn gradient_norm(&self) -> Tensor {
+        self.gradients.view([-1, ROW]).norm_scalaropt_dim(2, [1i64], false).norm()
+    }
+}
+
+fn padded_len(parameter: &Parameter) -> i64 {
+    (parameter.shape.iter().product::<i64>() + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT
+}
+
+fn views(parameters: &[Parameter], buffer: &Tensor) -> Vec<Tensor> {
+    let mut start = 0;
+    parameters
+        .iter()
+        .map(|parameter| {
+            let view = buffer.narrow(0, start, parameter.shape.iter().product()).view(parameter.shape.as_slice());
+            start += padded_len(parameter);
+            view
+        })
+        .collect()
+}

@@ -1,0 +1,193 @@
+"""The trainer against PyTorch, transformers and peft.
+
+    RELORA_TRAINER=target/release/relora-trainer pytest tests/reference
+"""
+
+import copy
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM
+
+import relora_reference
+
+VOCAB_SIZE, SEQUENCE_LENGTH, NUM_STEPS = 256, 17, 40
+
+SPEC = {
+    "spec_version": 1, "name": "reference", "dataset": "ds_1", "tokenization": "tz_1",
+    "model": {
+        "preset": None, "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0, "initializer_range": 0.05, "tie_word_embeddings": False,
+    },
+    "method": {
+        "type": "relora", "rank": 4, "alpha": 8.0, "dropout": 0.0, "warm_start_steps": 10, "relora_warmup_steps": 3,
+        "restart_every_steps": 10, "restart_warmup_steps": 3, "restart_lr": "one_over_w",
+        "optimizer_reset": {"type": "zero"}, "allow_short_last_cycle": False,
+    },
+    "optimizer": {
+        "learning_rate": 5e-3, "warm_start_learning_rate": 3e-3, "betas": [0.9, 0.95], "eps": 1e-6,
+        "weight_decay": 0.1, "clip_norm": 1.0,
+    },
+    "schedule": {"num_steps": NUM_STEPS, "warmup_steps": 4, "min_lr_frac": 0.1},
+    "batch": {"num_seqs": 10, "sequence_length": SEQUENCE_LENGTH, "micro_batch_seqs": 4},
+    "precision": "fp32", "deterministic": True, "seed": 7,
+    "eval": {"every_steps": 20, "max_tokens": 100000, "prompts": ["w1 w2 w3"]},
+    "checkpoints": {"every_steps": 10}, "state_every_s": 3600,
+    "resources": {"device": "cpu", "num_gpus": 1}, "priority": 0, "labels": {}, "max_runtime_s": None,
+}
+
+MODELS = {"plain": {}, "grouped and tied": {"num_key_value_heads": 2, "tie_word_embeddings": True}}
+
+
+def spec_of(model):
+    spec = copy.deepcopy(SPEC)
+    spec["model"].update(model)
+    return spec
+
+
+def write_data(folder):
+    """Words that follow each other with some regularity, as token files, and a tokenizer that knows the words."""
+    folder.mkdir()
+    draws = np.random.default_rng(3)
+    counts = {"train": 3000, "valid": 600}
+    for split, count in counts.items():
+        tokens, token = [], 1
+        for _ in range(count):
+            token = (token * 5 + int(draws.integers(0, 6))) % VOCAB_SIZE
+            tokens.append(token)
+        np.array(tokens, dtype="<u2").tofile(folder / f"{split}.bin")
+    facts = {"format_version": 1, "dtype": "u16", "vocab_size": VOCAB_SIZE, "train_tokens": counts["train"],
+             "valid_tokens": counts["valid"], "eos_token_id": 0}
+    (folder / "tokenization.json").write_text(json.dumps(facts))
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return folder
+
+
+class Run:
+    """A trainer process. Commands are sent when a step is reported."""
+
+    def __init__(self, spec, data, folder, resume=None, at_step=None, send=None):
+        folder.mkdir(exist_ok=True)
+        self.out = folder / "out"
+        (folder / "spec.json").write_text(json.dumps(spec))
+        command = [os.environ["RELORA_TRAINER"], folder / "spec.json", "--data", data, "--out", self.out]
+        if resume:
+            command += ["--resume", resume]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.events = []
+        for line in process.stdout:
+            event = json.loads(line)
+            self.events.append(event)
+            if event["event"] == "step" and event["step"] == at_step:
+                process.stdin.close() if send is None else process.stdin.write(send + "\n")
+                if send:
+                    process.stdin.flush()
+        self.log = process.stderr.read()
+        self.exit_code = process.wait()
+
+    def of(self, kind):
+        return [event for event in self.events if event["event"] == kind]
+
+    def weights(self, step):
+        return load_file(self.out / "checkpoints" / str(step) / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data") / "tokens")
+
+
+@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS.keys())
+def run(request, data, tmp_path_factory):
+    run = Run(spec_of(request.param), data, tmp_path_factory.mktemp("run"))
+    assert run.exit_code == 0, run.log
+    run.model = request.param
+    return run
+
+
+def test_the_loss_curve_and_the_final_weights_equal_those_of_the_reference(run, data):
+    losses, weights = relora_reference.train(spec_of(run.model), data)
+    got = [event["loss"] for event in run.of("step")]
+    assert len(got) == NUM_STEPS
+    np.testing.assert_allclose(got, losses, rtol=1e-4)
+    final = run.weights(NUM_STEPS)
+    assert final.keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(final[name], weight, rtol=0, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+    assert got[-1] < got[0] - 0.5, "nothing was learned, so the comparison says little"
+
+
+def test_transformers_computes_the_loss_that_the_trainer_reported(run, data):
+    tokens = np.fromfile(data / "valid.bin", dtype="<u2").astype(np.int64)
+    rows = torch.from_numpy(tokens[: len(tokens) // SEQUENCE_LENGTH * SEQUENCE_LENGTH]).view(-1, SEQUENCE_LENGTH)
+    evals = {event["step"]: event for event in run.of("eval")}
+    assert sorted(evals) == [0, 10, 20, 40]
+    for step in [10, 20, 40]:
+        model = AutoModelForCausalLM.from_pretrained(run.out / "checkpoints" / str(step))
+        with torch.no_grad():
+            loss = model(rows, labels=rows).loss.item()
+        assert abs(loss - evals[step]["loss"]) < 1e-4
+        assert evals[step]["num_tokens"] == rows.shape[0] * (SEQUENCE_LENGTH - 1)
+
+
+def test_peft_applies_the_deltas_in_order_and_arrives_at_every_checkpoint(run):
+    model = AutoModelForCausalLM.from_pretrained(run.out / "base" / "10")
+    assert [event["restart"] for event in run.of("node") if event["kind"] == "restart"] == [1, 2, 3]
+    for restart, step in [(1, 20), (2, 30), (3, 40)]:
+        model = PeftModel.from_pretrained(model, run.out / "restarts" / str(restart)).merge_and_unload()
+        merged = model.state_dict()
+        for name, weight in run.weights(step).items():
+            torch.testing.assert_close(merged[name], weight, rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        checkpoint = AutoModelForCausalLM.from_pretrained(run.out / "checkpoints" / str(step))
+        tokens = torch.arange(SEQUENCE_LENGTH)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens).logits, checkpoint(tokens).logits, rtol=0, atol=1e-4)
+
+
+def test_a_prompt_is_continued(run):
+    (sample,) = run.of("sample")
+    assert sample["prompt"] == "w1 w2 w3"
+    assert sample["text"].startswith("w1 w2 w3 w")
+
+
+@pytest.mark.parametrize("send", [None, '{"command":"stop"}'], ids=["end of stdin", "stop"])
+def test_a_stopped_run_goes_on_to_the_same_bits(run, data, tmp_path, send):
+    first = Run(spec_of(run.model), data, tmp_path, at_step=19, send=send)
+    assert first.exit_code == 0, first.log
+    stopped = first.events[-1]
+    assert stopped["event"] == "stopped" and 19 <= stopped["step"] < NUM_STEPS
+    state = first.out / "states" / str(stopped["step"])
+    rest = Run(spec_of(run.model), data, tmp_path, resume=state)
+    assert rest.exit_code == 0, rest.log
+    assert rest.events[-1]["event"] == "done"
+    path = Path("checkpoints") / str(NUM_STEPS) / "model.safetensors"
+    assert (rest.out / path).read_bytes() == (run.out / path).read_bytes()
+
+
+def test_save_state_names_the_frozen_weights_of_the_cycle_in_every_state(data, tmp_path):
+    run = Run(spec_of({}), data, tmp_path, at_step=12, send='{"command":"save_state"}\n{"command":"save_state"}')
+    assert run.exit_code == 0, run.log
+    states = [event for event in run.of("node") if event["kind"] == "state"]
+    assert len(states) == 2
+    for state in states:
+        files = {file["name"]: file["path"] for file in state["files"]}
+        assert files["frozen.safetensors"] == f"frozen/{state['restart']}/frozen.safetensors"
+        assert all((run.out / path).is_file() for path in files.values())
+
+
+def test_a_run_without_data_fails_with_a_typed_event(tmp_path):
+    run = Run(spec_of({}), tmp_path / "absent", tmp_path)
+    assert run.exit_code != 0
+    assert run.events[-1]["event"] == "failed" and run.events[-1]["kind"] == "data"
