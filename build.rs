@@ -1,7 +1,4 @@
 //! Tells the linker where libtorch lies, so that the trainer and its tests start without `LD_LIBRARY_PATH`.
-//!
-//! The search path goes into every executable of the package, because cargo has no way to name the unit tests of a
-//! library alone. It is only a place to look: what does not use libtorch does not name it and never loads it.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -13,7 +10,7 @@ fn main() {
         println!("cargo::error=LIBTORCH is not set; run: export LIBTORCH=$(scripts/setup-libtorch)");
         return;
     };
-    println!("cargo::rustc-link-arg=-Wl,-rpath,{libtorch}/lib");
+    println!("cargo::rustc-link-arg-bin=relora-trainer=-Wl,-rpath,{libtorch}/lib");
 
     let version_file = format!("{libtorch}/build-version");
     println!("cargo::rerun-if-changed={version_file}");

@@ -100,9 +100,7 @@ impl Train {
     fn into_run(self, config: TrainConfig) -> LocalRun {
         let beside_spec = || self.spec.parent().map_or_else(PathBuf::new, Path::to_owned);
         let data = match self.text {
-            Some(path) => {
-                LocalData::Text { path, vocab_size: self.vocab_size, validation_frac: self.validation_frac }
-            }
+            Some(path) => LocalData::Text { path, vocab_size: self.vocab_size, validation_frac: self.validation_frac },
             None => LocalData::Tokens(self.data.unwrap_or_else(beside_spec)),
         };
         LocalRun {
@@ -156,7 +154,8 @@ async fn run(command: Command) -> anyhow::Result<Outcome> {
             Ok(Outcome::Done)
         }
         Command::Migrate => {
-            let pool = db::connect(DatabaseConfig::from_env()?.url.expose(), 1).await.context("connect to PostgreSQL")?;
+            let pool =
+                db::connect(DatabaseConfig::from_env()?.url.expose(), 1).await.context("connect to PostgreSQL")?;
             db::MIGRATOR.run(&pool).await.context("migrate the database")?;
             Ok(Outcome::Done)
         }

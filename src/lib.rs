@@ -4,9 +4,9 @@
 //! Imports point down:
 //!
 //! ```text
-//! bin, cli, serve -> api   worker   client   train     (no two of these import each other; worker and
-//!                       \     |       |      /           train meet in files and JSON lines)
-//!                     db, storage     |     /
+//! bin, cli, serve -> api   worker   client   train    (no two of these import each other; worker and
+//!                       \     |       |      /          train meet in files and JSON lines; train is
+//!                     db, storage     |     /           part of the executable relora-trainer alone)
 //!                           \         |    /
 //!                            domain            config, telemetry, shutdown: leaves, passed down
 //! ```
@@ -22,6 +22,4 @@ pub mod serve;
 pub mod shutdown;
 pub mod storage;
 pub mod telemetry;
-#[cfg(feature = "train")]
-pub mod train;
 pub mod worker;

@@ -120,8 +120,13 @@ async fn write_client_file(data_dir: &Path, pool: &PgPool, port: u16, private_da
     fs::create_dir_all(data_dir).with_context(context)?;
     let json = serde_json::json!({"url": url, "api_key": api_key.expose()});
     let temporary = path.with_extension("tmp");
-    let mut file =
-        fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary).with_context(context)?;
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&temporary)
+        .with_context(context)?;
     file.write_all(&serde_json::to_vec_pretty(&json)?).with_context(context)?;
     file.sync_all().with_context(context)?;
     fs::rename(&temporary, &path).with_context(context)?;

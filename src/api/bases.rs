@@ -33,11 +33,7 @@ pub async fn list_bases(
 /// Look at a base
 #[utoipa::path(get, path = "/v1/bases/{base_id}", tag = "bases", params(("base_id" = String, Path)),
     responses((status = 200, description = "The base", body = Node), CallerErrors, NotFoundError))]
-pub async fn find_base(
-    caller: Caller,
-    State(state): State<AppState>,
-    Path(id): Path<NodeId>,
-) -> ApiResult<Json<Node>> {
+pub async fn find_base(caller: Caller, State(state): State<AppState>, Path(id): Path<NodeId>) -> ApiResult<Json<Node>> {
     Ok(Json(lineage::find(&state, &caller, NodeKind::Base, &id).await?))
 }
 

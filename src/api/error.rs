@@ -131,9 +131,7 @@ impl ApiError {
         match self {
             Self::Unauthenticated => Some((header::WWW_AUTHENTICATE, "Bearer realm=\"relora\"".into())),
             Self::RangeNotSatisfiable { size_bytes } => Some((header::CONTENT_RANGE, format!("bytes */{size_bytes}"))),
-            _ if self.status_and_code().0 == StatusCode::SERVICE_UNAVAILABLE => {
-                Some((header::RETRY_AFTER, "1".into()))
-            }
+            _ if self.status_and_code().0 == StatusCode::SERVICE_UNAVAILABLE => Some((header::RETRY_AFTER, "1".into())),
             _ => None,
         }
     }

@@ -151,10 +151,11 @@ pub async fn stream_job_events(
 ) -> ApiResult<Response> {
     let after = match headers.get("last-event-id") {
         None => query.after,
-        Some(value) => value.to_str().ok().and_then(|text| text.parse().ok()).ok_or(ApiError::InvalidHeader {
-            name: "Last-Event-ID",
-            reason: "it must be the id of an event",
-        })?,
+        Some(value) => value
+            .to_str()
+            .ok()
+            .and_then(|text| text.parse().ok())
+            .ok_or(ApiError::InvalidHeader { name: "Last-Event-ID", reason: "it must be the id of an event" })?,
     };
     jobs::find(&state, &caller, &id).await?;
 

@@ -232,11 +232,7 @@ pub async fn list_jobs(
 /// Look at a job
 #[utoipa::path(get, path = "/v1/jobs/{job_id}", tag = "jobs", params(("job_id" = String, Path)),
     responses((status = 200, description = "The job", body = Job), CallerErrors, NotFoundError))]
-pub async fn find_job(
-    caller: Caller,
-    State(state): State<AppState>,
-    Path(id): Path<JobId>,
-) -> ApiResult<Json<Job>> {
+pub async fn find_job(caller: Caller, State(state): State<AppState>, Path(id): Path<JobId>) -> ApiResult<Json<Job>> {
     Ok(Json(find(&state, &caller, &id).await?.into()))
 }
 

@@ -118,8 +118,7 @@ pub async fn create_tokenization(
         return Err(ApiError::InvalidBody(problems));
     };
 
-    let creation =
-        tokenizations::create(&state.pool, &caller.project, &dataset, vocab_size, validation_frac).await?;
+    let creation = tokenizations::create(&state.pool, &caller.project, &dataset, vocab_size, validation_frac).await?;
     let id = match creation {
         Creation::Done(id) => id,
         Creation::NoSuchDataset => {

@@ -80,8 +80,7 @@ async fn store(state: &AppState, upload: &Upload, body: Body) -> ApiResult<Store
     let key = upload.key();
     let len_bytes = upload.expected_bytes.map(i64::unsigned_abs);
 
-    let (pumped, stored) =
-        tokio::join!(pump(state, upload, body, sender), state.store.upload(&key, chunks, len_bytes));
+    let (pumped, stored) = tokio::join!(pump(state, upload, body, sender), state.store.upload(&key, chunks, len_bytes));
 
     // When the client's side fails the store fails with it, and the other way round: the cause counts.
     let num_documents = match (pumped, &stored) {
@@ -147,9 +146,7 @@ async fn pass_on(
     let limit_bytes = state.limits.max_upload_bytes.cast_signed();
     let mut check = ContentCheck::new(upload.format);
     let mut received_bytes = 0;
-    let broken = |received_bytes, reason: String| {
-        PumpError::Refused(ApiError::UploadBroken { received_bytes, reason })
-    };
+    let broken = |received_bytes, reason: String| PumpError::Refused(ApiError::UploadBroken { received_bytes, reason });
 
     loop {
         let chunk = match timeout(STALL_TIMEOUT, chunks.next()).await {

@@ -77,8 +77,7 @@ pub async fn list(
 
 /// A node of this kind, superseded or not.
 pub async fn find(pool: &PgPool, project: &ProjectId, kind: NodeKind, id: &NodeId) -> sqlx::Result<Option<NodeRow>> {
-    let filter =
-        NodeFilter { id: Some(id.as_str().to_owned()), include_superseded: true, ..NodeFilter::default() };
+    let filter = NodeFilter { id: Some(id.as_str().to_owned()), include_superseded: true, ..NodeFilter::default() };
     let mut found = list(pool, project, kind, &filter, 1).await?;
     Ok(found.pop())
 }

@@ -224,9 +224,12 @@ pub async fn delete(pool: &PgPool, project: &ProjectId, id: &TokenizationId) -> 
         return Ok(Deletion::Running);
     }
 
-    sqlx::query!("-- db::tokenizations::delete: row\nselect id from tokenizations where id = $1 for update", id.as_str())
-        .fetch_optional(&mut *tx)
-        .await?;
+    sqlx::query!(
+        "-- db::tokenizations::delete: row\nselect id from tokenizations where id = $1 for update",
+        id.as_str()
+    )
+    .fetch_optional(&mut *tx)
+    .await?;
     let users = sqlx::query_scalar!(
         "-- db::tokenizations::delete: users\nselect id from jobs where tokenization_id = $1 limit 20",
         id.as_str()

@@ -82,7 +82,12 @@ impl Dataset {
 }
 
 impl Split {
-    fn open(path: PathBuf, facts: &TokenizationMeta, num_tokens: i64, sequence_length: i64) -> Result<Self, TrainError> {
+    fn open(
+        path: PathBuf,
+        facts: &TokenizationMeta,
+        num_tokens: i64,
+        sequence_length: i64,
+    ) -> Result<Self, TrainError> {
         let num_rows = num_tokens / sequence_length;
         if num_rows < 1 {
             let reason = format!("its {num_tokens} tokens are fewer than one sequence of {sequence_length}");

@@ -27,4 +27,4 @@ mod loop_tests;
 #[cfg(test)]
 mod test_support;
 
-pub use process::{Args, run};
+pub use process::{Args, probe, run};

@@ -20,8 +20,8 @@ use tokenizers::{
 
 use super::documents::{Chunk, Documents};
 use crate::domain::data::{
-    END_OF_TEXT, TOKENIZATION_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, TRAIN_TOKENS_FILE, TokenDtype, TokenizationMeta,
-    VALID_TOKENS_FILE,
+    END_OF_TEXT, TOKENIZATION_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, TRAIN_TOKENS_FILE, TokenDtype,
+    TokenizationMeta, VALID_TOKENS_FILE,
 };
 
 /// What to make of a raw file.
