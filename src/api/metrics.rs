@@ -47,7 +47,7 @@ impl MetricName {
 #[derive(Debug, Serialize, ToSchema)]
 pub struct JobMetric {
     step: i64,
-    /// One of the names that `name` takes.
+    #[schema(value_type = MetricName)]
     name: String,
     value: f64,
 }
@@ -55,8 +55,8 @@ pub struct JobMetric {
 #[derive(Debug, Serialize, ToSchema)]
 pub struct JobMetricPage {
     data: Vec<JobMetric>,
-    /// To be given as `after_step` for the next page; null if this one has all that there is yet.
-    next_cursor: Option<i64>,
+    /// To be given as `cursor` for the next page; null if this one has all that there is yet.
+    next_cursor: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize, IntoParams)]
@@ -69,6 +69,9 @@ pub struct ListJobMetricsQuery {
     /// Only values of later steps.
     #[param(value_type = i64, required = false, minimum = -1)]
     after_step: Option<i64>,
+    /// The `next_cursor` of the page before, which counts before `after_step`.
+    #[param(value_type = String, required = false)]
+    cursor: Option<i64>,
     /// How many steps at most, each with all its values; 1000 by default.
     #[param(value_type = i64, required = false, minimum = 1, maximum = 10000)]
     limit: Option<i64>,
@@ -93,13 +96,13 @@ pub async fn list_job_metrics(
     jobs::find(&state, &caller, &id).await?;
 
     let name = query.name.map(MetricName::as_str);
-    let after_step = query.after_step.unwrap_or(-1);
+    let after_step = query.cursor.or(query.after_step).unwrap_or(-1);
     let mut rows = metrics::list(&state.pool, &caller.project, &id, name, after_step, limit + 1).await?;
 
     let mut steps: Vec<_> = rows.iter().map(|row| row.step).collect();
     steps.dedup();
-    let next_cursor = (steps.len() as i64 > limit).then(|| steps[limit as usize - 1]);
-    rows.retain(|row| next_cursor.is_none_or(|last| row.step <= last));
+    let last_step = (steps.len() as i64 > limit).then(|| steps[limit as usize - 1]);
+    rows.retain(|row| last_step.is_none_or(|last| row.step <= last));
     let values = rows.into_iter().map(|row| JobMetric { step: row.step, name: row.name, value: row.value });
-    Ok(Json(JobMetricPage { data: values.collect(), next_cursor }))
+    Ok(Json(JobMetricPage { data: values.collect(), next_cursor: last_step.map(|step| step.to_string()) }))
 }

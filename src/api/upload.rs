@@ -3,10 +3,10 @@
 //! It runs as a task of its own, because a handler is dropped when its client goes away, and a broken
 //! upload must still leave the dataset `failed` and nothing in the store.
 
-use std::{io, time::Duration};
+use std::{io, panic::AssertUnwindSafe, time::Duration};
 
 use axum::body::{Body, BodyDataStream, Bytes};
-use futures_util::{StreamExt, stream};
+use futures_util::{FutureExt, StreamExt, stream};
 use tokio::{sync::mpsc, time::timeout};
 use tracing::Instrument;
 use uuid::Uuid;
@@ -54,7 +54,9 @@ pub async fn run(state: AppState, upload: Upload, body: Body) -> ApiResult<Datas
 }
 
 async fn receive(state: AppState, upload: Upload, body: Body) -> ApiResult<DatasetRow> {
-    let error = match store(&state, &upload, body).await {
+    // Even a defect of ours must not leave the dataset `uploading`.
+    let stored = AssertUnwindSafe(store(&state, &upload, body)).catch_unwind().await;
+    let error = match stored.unwrap_or_else(|_| Err(ApiError::Internal("the upload panicked".into()))) {
         Ok(content) => {
             let finished =
                 datasets::finish_upload(&state.pool, &upload.project, &upload.dataset, &upload.token, &content).await;
@@ -76,7 +78,7 @@ async fn receive(state: AppState, upload: Upload, body: Body) -> ApiResult<Datas
 
 async fn store(state: &AppState, upload: &Upload, body: Body) -> ApiResult<StoredContent> {
     let (sender, receiver) = mpsc::channel(CHUNKS_IN_FLIGHT);
-    let chunks = stream::unfold(receiver, async |mut receiver| Some((receiver.recv().await?, receiver)));
+    let chunks = stream::unfold(receiver, async |mut receiver| Some((receiver.recv().await?, receiver))).fuse();
     let key = upload.key();
     let len_bytes = upload.expected_bytes.map(i64::unsigned_abs);
 

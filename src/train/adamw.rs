@@ -74,10 +74,10 @@ mod tests {
             group.add_gradients(&gradients.each_ref().map(|gradient| gradient * f64::from(step)));
             group.adamw_update(&spec, 0.01);
         }
-        let want = [[0.469_506_11, -0.220_255_37, 0.968_007_74], [0.970_975_1, 2.0, 3.029_022_93]];
+        let want = [[0.469_506, -0.220_255, 0.968_008], [0.970_975, 2.0, 3.029_023]];
         for (index, want) in want.into_iter().enumerate() {
             for (got, want) in values(&group, index).into_iter().zip(want) {
-                assert!((got - want).abs() < 1e-6, "parameter {index}: got {got}, want {want}");
+                assert!((got - want).abs() < 2e-6, "parameter {index}: got {got}, want {want}");
             }
         }
 

@@ -179,3 +179,16 @@ fn tokens_outside_the_vocabulary_fail_as_data() {
     assert_eq!(error.kind, FailureKind::Data);
     assert!(error.message.contains("65535"), "{error}");
 }
+
+#[test]
+fn a_restart_resets_the_optimizer_of_the_factors_alone() {
+    for (reset, want) in [("zero", json!([6, 1])), ("none", json!([6, 6]))] {
+        let dir = scratch_dir();
+        let mut method = serde_json::to_value(spec(json!({})).method).expect("method");
+        method["optimizer_reset"]["type"] = json!(reset);
+        try_train(dir.path(), &spec(json!({"method": method})), None, Some(10)).expect("train");
+        let state = fs::read(dir.path().join("out/states/10/state.json")).expect("state");
+        let state: serde_json::Value = serde_json::from_slice(&state).expect("json");
+        assert_eq!(state["num_updates"], want, "wrapped at 4, restarted at 9, with reset {reset}");
+    }
+}

@@ -31,6 +31,7 @@ pub struct Nodes {
     /// The restart whose frozen matrices this process has written, or has read from the same place.
     frozen_on_disk: Option<i64>,
     last_state: Instant,
+    last_state_step: Option<i64>,
 }
 
 impl Nodes {
@@ -42,7 +43,15 @@ impl Nodes {
         fingerprint: Fingerprint,
     ) -> Self {
         let writer = Some(Writer::start(out_dir, events));
-        Self { writer, data_dir, eos_token_id, fingerprint, frozen_on_disk: None, last_state: Instant::now() }
+        Self {
+            writer,
+            data_dir,
+            eos_token_id,
+            fingerprint,
+            frozen_on_disk: None,
+            last_state: Instant::now(),
+            last_state_step: None,
+        }
     }
 
     /// Says that the frozen matrices of this restart lie in the output directory already.
@@ -92,8 +101,14 @@ impl Nodes {
     ) -> Result<(), TrainError> {
         let started = Instant::now();
         let Some(low_rank) = spec.method.low_rank() else { return Ok(()) };
-        let mut tensors = merged_factors;
-        tensors.extend(weights.full_rank_values());
+        let mut tensors = weights.full_rank_values();
+        if spec.model.tie_word_embeddings {
+            // `peft` keeps the two tied only if it finds both.
+            let embedding = tensors.iter().find(|(name, _)| name == "model.embed_tokens.weight");
+            let head = embedding.map(|(_, value)| ("lm_head.weight".to_owned(), value.shallow_clone()));
+            tensors.extend(head);
+        }
+        tensors.extend(merged_factors);
         for (name, _) in &mut tensors {
             *name = layout::adapter_name(name);
         }
@@ -109,8 +124,12 @@ impl Nodes {
         self.last_state.elapsed().as_secs() as i64 >= spec.state_every_s
     }
 
-    /// The first state of a cycle brings the frozen matrices along.
+    /// The first state of a cycle brings the frozen matrices along. A step has one state: batches that are skipped after
+    /// it are skipped again by whoever goes on from it.
     pub fn save_state(&mut self, at: &LoopState, weights: &Weights, spec: &TrainSpec) -> Result<(), TrainError> {
+        if self.last_state_step.replace(at.step) == Some(at.step) {
+            return Ok(());
+        }
         let started = Instant::now();
         let json = serde_json::to_value(StateFile::new(at, weights, &self.fingerprint, spec))
             .map_err(|error| TrainError::new(FailureKind::Internal, format!("write {STATE_JSON}: {error}")))?;
@@ -164,6 +183,15 @@ impl Nodes {
         match self.writer.take() {
             Some(writer) => writer.finish(),
             None => Err(TrainError::new(FailureKind::Storage, "nodes can no longer be written")),
+        }
+    }
+}
+
+/// A run that fails leaves the nodes that were handed over before.
+impl Drop for Nodes {
+    fn drop(&mut self) {
+        if let Some(Err(error)) = self.writer.take().map(Writer::finish) {
+            tracing::error!(%error, "nodes cannot be written");
         }
     }
 }

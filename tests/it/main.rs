@@ -1,3 +1,14 @@
 //! The service from outside: the real router over HTTP, a real PostgreSQL, a real S3 server.
 
+mod app;
+mod auth;
+mod datasets;
+mod events;
+mod health;
+mod jobs;
+mod lineage;
+mod metrics;
+mod openapi;
+mod problems;
 mod queue;
+mod tokenizations;
