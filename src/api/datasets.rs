@@ -28,7 +28,7 @@ use crate::{
 
 /// A dataset to make. Its content follows in a request of its own.
 #[derive(Debug, Default, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(deny_unknown_fields)]
 pub struct CreateDatasetRequest {
     /// 1 to 200 characters.
     #[schema(value_type = String, required, min_length = 1, max_length = 200)]

@@ -199,7 +199,7 @@ fn follow(
     }
 }
 
-/// The events after `after`, and the job as it is at least that late.
+/// The job, and its events after `after`: all that it had then, or as many as are read at once.
 async fn look(state: &AppState, caller: &Caller, id: &JobId, after: i64) -> ApiResult<(Vec<EventRow>, JobRow)> {
     let job = jobs::find(state, caller, id).await?;
     let rows = events::list(&state.pool, &caller.project, id, after, BATCH).await?;

@@ -199,7 +199,7 @@ async fn find_facts(
 }
 
 fn is_reported(problems: &[Problem], pointer: &str) -> bool {
-    problems.iter().any(|problem| problem.pointer == pointer)
+    problems.iter().any(|problem| problem.pointer == pointer || problem.pointer.is_empty())
 }
 
 /// A value that could not be read was taken out, so that later checks may find it missing: that is

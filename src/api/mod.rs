@@ -7,6 +7,7 @@ mod bases;
 mod checkpoints;
 mod content;
 mod datasets;
+mod document;
 mod download;
 mod error;
 mod events;

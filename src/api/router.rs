@@ -15,18 +15,13 @@ use tower_http::{
     request_id::{MakeRequestUuid, PropagateRequestIdLayer, RequestId, SetRequestIdLayer},
     trace::TraceLayer,
 };
-use utoipa::{
-    Modify, OpenApi as _,
-    openapi::{
-        OpenApi,
-        security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
-    },
-};
+use utoipa::{OpenApi as _, openapi::OpenApi};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
     AppState, bases, checkpoints, datasets,
-    error::{ApiError, ProblemDetails, write_problems},
+    document::{self, Document},
+    error::{ApiError, write_problems},
     events, extract, health, jobs, metrics, restarts, tokenizations,
 };
 
@@ -60,46 +55,15 @@ fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(checkpoints::download_checkpoint_file))
 }
 
-#[derive(utoipa::OpenApi)]
-#[openapi(
-    info(
-        title = "relora",
-        description = "Pretrain language models with ReLoRA: upload text, submit a job, watch it, download weights.",
-        license(name = "MIT OR Apache-2.0", identifier = "MIT OR Apache-2.0")
-    ),
-    components(schemas(ProblemDetails)),
-    modifiers(&BearerKey),
-    security(("api_key" = [])),
-    tags(
-        (name = "datasets", description = "Raw text"),
-        (name = "tokenizations", description = "Datasets turned into tokens"),
-        (name = "jobs", description = "Training jobs"),
-        (name = "bases", description = "Full weights where the low-rank training began"),
-        (name = "restarts", description = "The LoRA delta of each cycle"),
-        (name = "checkpoints", description = "Merged full weights"),
-        (name = "health", description = "Probes"),
-    )
-)]
-struct Document;
-
-struct BearerKey;
-
-impl Modify for BearerKey {
-    fn modify(&self, openapi: &mut OpenApi) {
-        let scheme = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some("An API key, `rl_…`"));
-        let components = openapi.components.get_or_insert_default();
-        components.add_security_scheme("api_key", SecurityScheme::Http(scheme.build()));
-    }
-}
-
 /// The OpenAPI document.
 pub fn openapi() -> OpenApi {
-    routes().into_openapi()
+    document::complete(routes().into_openapi())
 }
 
 /// The whole service, and its document.
 pub fn router(state: AppState) -> (Router, OpenApi) {
     let (router, openapi) = routes().split_for_parts();
+    let openapi = document::complete(openapi);
     let document = openapi.clone();
     let router = router
         .route("/openapi.json", get(move || std::future::ready(Json(document.clone()))))

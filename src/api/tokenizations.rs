@@ -28,7 +28,7 @@ use crate::{
 
 /// A tokenization to make.
 #[derive(Debug, Default, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(deny_unknown_fields)]
 pub struct CreateTokenizationRequest {
     /// A dataset that is ready.
     #[schema(value_type = String, required)]

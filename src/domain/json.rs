@@ -10,17 +10,15 @@ use super::problem::Problem;
 /// serde stops at the first mistake, so each offending value is reported, taken out, and the rest read
 /// again. Every field of `T` must be one that may be absent, hence the remainder always stands on its own.
 pub fn parse<T: DeserializeOwned + Default>(mut json: Value) -> (T, Vec<Problem>) {
+    // serde reads a struct from a list too, element by element: nobody means that.
+    if !json.is_object() {
+        return (T::default(), vec![Problem::new("", "must be an object")]);
+    }
     integral_floats_to_integers(&mut json);
-    let mut problems = Vec::new();
-    refuse_nul(&mut json, "", &mut problems);
+    let mut problems = take_out_nul(&mut json);
     loop {
         let error = match serde_path_to_error::deserialize::<_, T>(&json) {
-            Ok(value) if json.is_object() => return (value, problems),
-            // serde reads a struct from a list too, element by element.
-            Ok(_) => {
-                problems.push(Problem::new("", "must be an object"));
-                return (T::default(), problems);
-            }
+            Ok(value) => return (value, problems),
             Err(error) => error,
         };
         let mut pointer = pointer_of(error.path());
@@ -54,29 +52,32 @@ fn integral_floats_to_integers(json: &mut Value) {
     }
 }
 
-/// PostgreSQL stores no NUL character, neither in text nor in JSON: such values and keys are taken out.
-fn refuse_nul(json: &mut Value, pointer: &str, problems: &mut Vec<Problem>) {
-    const MESSAGE: &str = "must not contain a NUL character";
+/// PostgreSQL stores no NUL character, neither in text nor in JSON.
+fn take_out_nul(json: &mut Value) -> Vec<Problem> {
+    let mut pointers = Vec::new();
+    find_nul(json, "", &mut pointers);
+    for pointer in &pointers {
+        take_out(json, pointer);
+    }
+    pointers.into_iter().map(|pointer| Problem::new(pointer, "must not contain a NUL character")).collect()
+}
+
+fn find_nul(json: &Value, pointer: &str, pointers: &mut Vec<String>) {
     match json {
-        Value::String(text) if text.contains('\0') => {
-            problems.push(Problem::new(pointer, MESSAGE));
-            *json = Value::Null;
-        }
+        Value::String(text) if text.contains('\0') => pointers.push(pointer.to_owned()),
         Value::Array(items) => {
-            for (index, item) in items.iter_mut().enumerate() {
-                refuse_nul(item, &format!("{pointer}/{index}"), problems);
+            for (index, item) in items.iter().enumerate() {
+                find_nul(item, &format!("{pointer}/{index}"), pointers);
             }
         }
         Value::Object(fields) => {
-            fields.retain(|key, _| {
-                let stays = !key.contains('\0');
-                if !stays {
-                    problems.push(Problem::new(format!("{pointer}/{}", escape(key)), MESSAGE));
-                }
-                stays
-            });
             for (key, value) in fields {
-                refuse_nul(value, &format!("{pointer}/{}", escape(key)), problems);
+                let pointer = format!("{pointer}/{}", escape(key));
+                if key.contains('\0') {
+                    pointers.push(pointer);
+                } else {
+                    find_nul(value, &pointer, pointers);
+                }
             }
         }
         _ => {}
@@ -135,12 +136,12 @@ mod tests {
     #[test]
     fn a_nul_character_is_reported_wherever_it_stands() {
         let found = pointers(json!({"name": "a\0b", "labels": {"a": "\0", "b\0": "c"}, "colour": 1}));
-        assert_eq!(found, ["/labels/b\0", "/labels/a", "/name", "/colour"]);
+        assert_eq!(found, ["/labels/a", "/labels/b\0", "/name", "/colour"]);
     }
 
     #[test]
-    fn a_nul_character_in_a_list_of_unknown_name_is_reported_and_the_name_too() {
-        assert_eq!(pointers(json!({"x": ["\0"]})), ["/x/0", "/x"]);
+    fn a_list_with_a_nul_character_is_taken_out_as_a_whole() {
+        assert_eq!(pointers(json!({"x": ["\0"]})), ["/x/0"]);
     }
 
     #[test]

@@ -127,7 +127,9 @@ async fn more_gpus_than_any_live_host_has_are_refused(pool: PgPool) {
 async fn a_spec_that_is_no_object_or_no_json_is_refused(pool: PgPool) {
     let app = TestApp::start(pool).await;
     for body in [json!([1]), json!("spec"), json!(null), json!(7)] {
-        assert_eq!(app.create_job(&body).await.problem(422).0, "invalid_spec", "{body}");
+        let answer = app.create_job(&body).await;
+        assert_eq!(answer.problem(422).0, "invalid_spec", "{body}");
+        assert_eq!(answer.pointers(), [""], "{body}");
     }
     assert_eq!(app.create_job(&json!({})).await.problem(422).0, "invalid_spec");
     let huge = app.request(reqwest::Method::POST, "/v1/jobs").header("content-type", "application/json");

@@ -1,4 +1,5 @@
 //! The service from outside: the real router over HTTP, a real PostgreSQL, a real S3 server.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod app;
 mod auth;

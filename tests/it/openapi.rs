@@ -64,6 +64,22 @@ fn every_schema_that_is_referred_to_exists() {
 }
 
 #[test]
+fn responses_have_every_field_and_requests_may_leave_some_out() {
+    let document = document();
+    let schemas = document["components"]["schemas"].as_object().unwrap();
+    let required = |name: &str| schemas[name]["required"].as_array().unwrap().len();
+    for name in ["Job", "JobEvent", "JobProgress", "Dataset", "Node", "ProblemDetails", "ModelSpec"] {
+        assert_eq!(required(name), schemas[name]["properties"].as_object().unwrap().len(), "{name}");
+    }
+    assert_eq!(
+        schemas["TrainSpecRequest"]["required"],
+        serde_json::json!(["dataset", "model", "method", "schedule", "batch"])
+    );
+    assert_eq!(schemas["TrainSpecRequest"]["additionalProperties"], false);
+    assert!(!document.to_string().contains("\"default\":null"));
+}
+
+#[test]
 fn the_event_stream_is_documented_without_a_schema() {
     let document = document();
     let stream = &document["paths"]["/v1/jobs/{job_id}/events/stream"]["get"]["responses"]["200"]["content"];

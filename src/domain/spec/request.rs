@@ -15,19 +15,24 @@ use crate::domain::{
 
 /// A training spec to submit. An absent field, or `null`, takes its default.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(deny_unknown_fields)]
 pub struct TrainSpecRequest {
     /// Version of this format: 1.
     pub spec_version: Option<i64>,
     pub name: Option<String>,
-    /// The dataset to train on. Required.
+    /// The dataset to train on.
+    #[schema(required, value_type = DatasetId)]
     pub dataset: Option<DatasetId>,
     /// How the dataset was turned into tokens; by default its newest tokenization.
     pub tokenization: Option<TokenizationId>,
+    #[schema(required, value_type = ModelRequest)]
     pub model: Option<ModelRequest>,
+    #[schema(required, value_type = MethodRequest)]
     pub method: Option<MethodRequest>,
     pub optimizer: Option<OptimizerRequest>,
+    #[schema(required, value_type = ScheduleRequest)]
     pub schedule: Option<ScheduleRequest>,
+    #[schema(required, value_type = BatchRequest)]
     pub batch: Option<BatchRequest>,
     /// `fp32` by default.
     pub precision: Option<Precision>,
@@ -48,7 +53,7 @@ pub struct TrainSpecRequest {
 
 /// Either a preset or all sizes; a size given beside a preset replaces the preset's.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(deny_unknown_fields)]
 pub struct ModelRequest {
     /// One of the paper's sizes, `llama-9m` to `llama-7b`.
     pub preset: Option<String>,
@@ -78,9 +83,10 @@ pub enum MethodType {
 
 /// A field that does not belong to the named method is refused.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(deny_unknown_fields)]
 pub struct MethodRequest {
     #[serde(rename = "type")]
+    #[schema(required, value_type = MethodType)]
     pub kind: Option<MethodType>,
     /// Rank of the LoRA factors; 128 by default.
     pub rank: Option<i64>,
@@ -111,14 +117,14 @@ pub enum OptimizerResetType {
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(deny_unknown_fields)]
 pub struct OptimizerResetRequest {
     #[serde(rename = "type")]
     pub kind: Option<OptimizerResetType>,
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(deny_unknown_fields)]
 pub struct OptimizerRequest {
     /// 1e-3 by default.
     pub learning_rate: Option<f64>,
@@ -135,9 +141,10 @@ pub struct OptimizerRequest {
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(deny_unknown_fields)]
 pub struct ScheduleRequest {
-    /// Updates in the whole run, the warm start included. Required.
+    /// Updates in the whole run, the warm start included.
+    #[schema(required, value_type = i64)]
     pub num_steps: Option<i64>,
     /// By default a twentieth of the run, 500 at most.
     pub warmup_steps: Option<i64>,
@@ -146,11 +153,13 @@ pub struct ScheduleRequest {
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(deny_unknown_fields)]
 pub struct BatchRequest {
-    /// Sequences per update. Required.
+    /// Sequences per update.
+    #[schema(required, value_type = i64)]
     pub num_seqs: Option<i64>,
-    /// Required.
+    /// Tokens per sequence.
+    #[schema(required, value_type = i64)]
     pub sequence_length: Option<i64>,
     /// A number of sequences, or `auto`.
     pub micro_batch_seqs: Option<MicroBatchRequest>,
@@ -172,7 +181,7 @@ pub enum AutoKeyword {
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(deny_unknown_fields)]
 pub struct EvalRequest {
     /// 500 by default.
     pub every_steps: Option<i64>,
@@ -182,14 +191,14 @@ pub struct EvalRequest {
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(deny_unknown_fields)]
 pub struct CheckpointsRequest {
     /// 1000 by default.
     pub every_steps: Option<i64>,
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
-#[serde(default, deny_unknown_fields)]
+#[serde(deny_unknown_fields)]
 pub struct ResourcesRequest {
     /// `auto` by default.
     pub device: Option<Device>,

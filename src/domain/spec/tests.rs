@@ -139,6 +139,8 @@ fn a_rank_that_gains_nothing_is_a_warning_and_no_error() {
 
 #[test]
 fn names_that_the_database_cannot_hold_are_refused() {
-    assert_eq!(pointers(with("/name", json!("a\u{0}b"))), ["/name"]);
-    assert_eq!(pointers(with("/labels", json!({"a\u{0}": "b"}))).len(), 1);
+    for bad in [with("/name", json!("a\u{0}b")), with("/labels", json!({"a\u{0}": "b"}))] {
+        assert_eq!(TrainSpecRequest::parse(bad).1.len(), 1);
+    }
+    assert_eq!(pointers(with("/name", json!("x".repeat(201)))), ["/name"]);
 }

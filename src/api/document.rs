@@ -1,0 +1,54 @@
+//! The OpenAPI document, apart from its operations.
+
+use utoipa::{
+    Modify,
+    openapi::{
+        OpenApi, RefOr, Schema,
+        security::{HttpAuthScheme, HttpBuilder, SecurityScheme},
+    },
+};
+
+use super::error::ProblemDetails;
+
+#[derive(utoipa::OpenApi)]
+#[openapi(
+    info(
+        title = "relora",
+        description = "Pretrain language models with ReLoRA: upload text, submit a job, watch it, download weights.",
+        license(name = "MIT OR Apache-2.0", identifier = "MIT OR Apache-2.0")
+    ),
+    components(schemas(ProblemDetails)),
+    modifiers(&BearerKey),
+    security(("api_key" = [])),
+    tags(
+        (name = "datasets", description = "Raw text"),
+        (name = "tokenizations", description = "Datasets turned into tokens"),
+        (name = "jobs", description = "Training jobs"),
+        (name = "bases", description = "Full weights where the low-rank training began"),
+        (name = "restarts", description = "The LoRA delta of each cycle"),
+        (name = "checkpoints", description = "Merged full weights"),
+        (name = "health", description = "Probes"),
+    )
+)]
+pub struct Document;
+
+struct BearerKey;
+
+impl Modify for BearerKey {
+    fn modify(&self, openapi: &mut OpenApi) {
+        let scheme = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).description(Some("An API key, `rl_…`"));
+        let components = openapi.components.get_or_insert_default();
+        components.add_security_scheme("api_key", SecurityScheme::Http(scheme.build()));
+    }
+}
+
+/// Says of responses that every field is there: a value that is missing is null, and never left out.
+pub fn complete(mut openapi: OpenApi) -> OpenApi {
+    let schemas = openapi.components.iter_mut().flat_map(|components| components.schemas.iter_mut());
+    for (_, schema) in schemas.filter(|(name, _)| !name.ends_with("Request")) {
+        if let RefOr::T(Schema::Object(object)) = schema {
+            object.required = object.properties.keys().cloned().collect();
+        }
+    }
+    openapi
+}
