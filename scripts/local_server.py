@@ -40,6 +40,9 @@ class LocalServer:
         # Settings of the caller's own server must not leak into this one; the cache folder is no such setting.
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(SET_BY_US)}
         self.env |= {"RELORA_DATA_DIR": str(self.data_dir), "RELORA_BIND": "127.0.0.1:0"}
+        # A proxy for the rest of the world does not know this server.
+        self.env |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def start(self):
         """Starts `relora serve`, waits until it is ready, and returns how long that took, in seconds."""
@@ -121,7 +124,7 @@ class LocalServer:
         """An open answer of the API."""
         client = json.loads((self.data_dir / "client.json").read_text())
         headers = {"Authorization": f"Bearer {client['api_key']}"} | (headers or {})
-        return urllib.request.urlopen(urllib.request.Request(client["url"] + path, headers=headers), timeout=60)
+        return self.opener.open(urllib.request.Request(client["url"] + path, headers=headers), timeout=60)
 
     def get(self, path):
         """A JSON answer of the API."""

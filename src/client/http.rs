@@ -150,12 +150,22 @@ impl Http {
 
     /// Every item of a list, page after page.
     pub async fn list(&self, segments: &[&str], filter: &[(&str, &str)]) -> anyhow::Result<Vec<Value>> {
+        self.list_after(segments, filter, "cursor").await
+    }
+
+    /// The same for a list that takes its cursor by another name.
+    pub async fn list_after(
+        &self,
+        segments: &[&str],
+        filter: &[(&str, &str)],
+        cursor_name: &str,
+    ) -> anyhow::Result<Vec<Value>> {
         let mut items = Vec::new();
-        let mut cursor = None;
+        let mut cursor: Option<Value> = None;
         loop {
             let mut request = self.request(Method::GET, segments).query(filter);
             if let Some(cursor) = &cursor {
-                request = request.query(&[("cursor", cursor)]);
+                request = request.query(&[(cursor_name, cursor)]);
             }
             let page: Page = parse(self.send_for_json(request).await?)?;
             items.extend(page.data);

@@ -153,7 +153,7 @@ async fn logs(http: &Http, id: &str) -> anyhow::Result<()> {
 
 async fn metrics(http: &Http, id: &str, name: Option<&str>, json: bool) -> anyhow::Result<()> {
     let filter: Vec<_> = name.map(|name| ("name", name)).into_iter().collect();
-    let items = http.list(&["v1", "jobs", id, "metrics"], &filter).await?;
+    let items = http.list_after(&["v1", "jobs", id, "metrics"], &filter, "after_step").await?;
     if json {
         return Ok(print::json_list(items)?);
     }

@@ -14,7 +14,8 @@ use crate::domain::{
 #[derive(Debug, Deserialize)]
 pub struct Page {
     pub data: Vec<Value>,
-    pub next_cursor: Option<String>,
+    /// A text, or a step; null on the last page.
+    pub next_cursor: Option<Value>,
 }
 
 #[derive(Debug, Deserialize)]

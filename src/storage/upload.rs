@@ -43,7 +43,8 @@ impl Store {
         stream: impl Stream<Item = io::Result<Bytes>> + Send,
         len_bytes: Option<u64>,
     ) -> Result<Uploaded> {
-        let mut parts = Parts { stream: Box::pin(stream), rest: Bytes::new(), sha256: Sha256::new(), bytes: 0 };
+        // A part that ends with the body is followed by one more look, which not every stream allows.
+        let mut parts = Parts { stream: Box::pin(stream).fuse(), rest: Bytes::new(), sha256: Sha256::new(), bytes: 0 };
         let first = parts.next(part_bytes(1, len_bytes)).await.map_err(local("read the body of", key))?;
         if (first.len() as u64) < part_bytes(1, len_bytes) {
             self.put(key, first).await?;

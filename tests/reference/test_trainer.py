@@ -82,7 +82,8 @@ class Run:
         folder.mkdir(exist_ok=True)
         self.out = folder / "out"
         (folder / "spec.json").write_text(json.dumps(spec))
-        command = [os.environ["RELORA_TRAINER"], folder / "spec.json", "--data", data, "--out", self.out]
+        # One thread: the model is too small to share, and threads that wait for each other are slow on a busy machine.
+        command = [os.environ["RELORA_TRAINER"], folder / "spec.json", "--data", data, "--out", self.out, "--threads", "1"]
         if resume:
             command += ["--resume", resume]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
