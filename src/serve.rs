@@ -15,7 +15,7 @@ use tokio::net::TcpListener;
 use crate::{
     api,
     config::{AgentConfig, CLIENT_FILE, ClientFile, Secret, ServeConfig},
-    db::{self, keys, leases, training},
+    db::{self, keys, leases, recovery},
     embedded::{Postgres, S3},
     shutdown::Shutdown,
     storage::Store,
@@ -75,7 +75,7 @@ async fn serve(
     if postgres.is_some() {
         // Nobody else can reach this database, so whoever held a lease is gone.
         leases::expire_all(&pool).await.context("expire the leases of a server that was killed")?;
-        training::requeue_expired(&pool).await.context("requeue the work of a server that was killed")?;
+        recovery::requeue_expired(&pool).await.context("requeue the work of a server that was killed")?;
     }
     let client_file = write_client_file(&config.data_dir, &pool, address.port(), postgres.is_some()).await?;
     tracing::info!(%address, client.file = %client_file.display(), "serving");

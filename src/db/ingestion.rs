@@ -104,6 +104,19 @@ pub async fn complete(
     Ok(())
 }
 
+/// The tokenization of a lease's work item, if it has one.
+pub(super) async fn find(connection: &mut PgConnection, lease: &Lease) -> sqlx::Result<Option<TokenizationId>> {
+    sqlx::query_scalar!(
+        r#"
+        -- db::ingestion::find
+        select id as "id: TokenizationId" from tokenizations where work_item_id = $1
+        "#,
+        lease.work_item.as_str(),
+    )
+    .fetch_optional(connection)
+    .await
+}
+
 /// Ends an attempt that failed: for another try if that can help, else for good, and with it every
 /// queued job that waits for these tokens.
 pub async fn fail(
@@ -113,34 +126,44 @@ pub async fn fail(
     failure: &Failure,
 ) -> Result<(), WriteError> {
     let mut tx = pool.begin().await?;
-    leases::fence(&mut tx, lease).await?;
-    let failures = leases::count_infra_failure(&mut tx, &lease.work_item).await?;
-    if failure.retryable && failures <= 5 {
-        release_in(&mut tx, lease, tokenization, Outcome::Failed, failures as f64).await?;
-    } else {
-        leases::end_attempt(&mut tx, lease, Outcome::Failed, None).await?;
-        sqlx::query!(
-            "-- db::ingestion::fail\nupdate tokenizations set state = 'failed', failure = $2 where id = $1",
-            tokenization.as_str(),
-            json!(failure),
-        )
-        .execute(&mut *tx)
-        .await?;
-        fail_waiting_jobs(&mut tx, tokenization, failure).await?;
-    }
+    settle(&mut tx, lease, tokenization, failure, Outcome::Failed).await?;
     tx.commit().await?;
+    Ok(())
+}
+
+pub(super) async fn settle(
+    connection: &mut PgConnection,
+    lease: &Lease,
+    tokenization: &TokenizationId,
+    failure: &Failure,
+    outcome: Outcome,
+) -> Result<(), WriteError> {
+    leases::fence(connection, lease).await?;
+    let failures = leases::count_infra_failure(connection, &lease.work_item).await?;
+    if failure.retryable && failures <= leases::MAX_INFRA_FAILURES {
+        return requeue(connection, lease, tokenization, outcome, failures as f64).await;
+    }
+    leases::end_attempt(connection, lease, outcome, None).await?;
+    sqlx::query!(
+        "-- db::ingestion::settle\nupdate tokenizations set state = 'failed', failure = $2 where id = $1",
+        tokenization.as_str(),
+        json!(failure),
+    )
+    .execute(&mut *connection)
+    .await?;
+    fail_waiting_jobs(connection, tokenization, failure).await?;
     Ok(())
 }
 
 /// Gives the work back unharmed, because the worker has to go.
 pub async fn release(pool: &PgPool, lease: &Lease, tokenization: &TokenizationId) -> Result<(), WriteError> {
     let mut tx = pool.begin().await?;
-    release_in(&mut tx, lease, tokenization, Outcome::Released, 0.0).await?;
+    requeue(&mut tx, lease, tokenization, Outcome::Released, 0.0).await?;
     tx.commit().await?;
     Ok(())
 }
 
-async fn release_in(
+async fn requeue(
     connection: &mut PgConnection,
     lease: &Lease,
     tokenization: &TokenizationId,
@@ -149,7 +172,7 @@ async fn release_in(
 ) -> Result<(), WriteError> {
     leases::end_attempt(connection, lease, outcome, Some(requeue_after_s)).await?;
     sqlx::query!(
-        "-- db::ingestion::release\nupdate tokenizations set state = 'queued' where id = $1",
+        "-- db::ingestion::requeue\nupdate tokenizations set state = 'queued' where id = $1",
         tokenization.as_str(),
     )
     .execute(connection)
@@ -167,9 +190,17 @@ async fn fail_waiting_jobs(
     let jobs = sqlx::query_scalar!(
         r#"
         -- db::ingestion::fail_waiting_jobs
-        with failed as (
+        with waiting as (
+            -- The work items come first, as in every transaction that locks both.
+            select w.id
+            from work_items w
+            join jobs j on j.work_item_id = w.id
+            where j.tokenization_id = $1 and j.state = 'queued'
+            order by w.id
+            for update of w
+        ), failed as (
             update jobs set state = 'failed', failure = $2, finished_at = now()
-            where tokenization_id = $1 and state = 'queued'
+            where work_item_id in (select id from waiting) and state = 'queued'
             returning id, work_item_id
         ), done as (
             update work_items set state = 'done' where id in (select work_item_id from failed)

@@ -213,6 +213,9 @@ pub async fn expire_all(pool: &PgPool) -> sqlx::Result<u64> {
     Ok(result.rows_affected())
 }
 
+/// Attempts in a row that may fail without progress and through no fault of the user.
+pub const MAX_INFRA_FAILURES: i64 = 5;
+
 /// Counts one more failure that was not the user's doing, and returns how many there were since the
 /// last progress.
 pub async fn count_infra_failure(connection: &mut PgConnection, work_item: &WorkItemId) -> sqlx::Result<i64> {

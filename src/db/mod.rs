@@ -14,6 +14,7 @@ pub mod leases;
 pub mod lineage;
 pub mod metrics;
 pub mod nodes;
+pub mod recovery;
 pub mod tokenizations;
 pub mod training;
 pub mod workers;

@@ -255,56 +255,27 @@ pub enum TrainingEnd {
     Failed(Failure),
 }
 
-/// Attempts in a row that may fail without progress and through no fault of the user.
-const MAX_INFRA_FAILURES: i64 = 5;
-
 /// Ends an attempt and moves the job to where that leaves it.
 pub async fn finish(pool: &PgPool, lease: &Lease, end: &TrainingEnd) -> Result<(), WriteError> {
-    let mut tx = pool.begin().await?;
-    leases::fence(&mut tx, lease).await?;
-    settle(&mut tx, lease, end).await?;
-    tx.commit().await?;
-    Ok(())
-}
-
-/// Takes back the work of workers that have not been heard of for a whole lease. Returns how many.
-pub async fn requeue_expired(pool: &PgPool) -> Result<i64, WriteError> {
-    let mut num_requeued = 0;
-    loop {
-        let mut tx = pool.begin().await?;
-        let Some(lease) = leases::find_expired(&mut tx).await? else { return Ok(num_requeued) };
-        settle_expired(&mut tx, &lease).await?;
-        tx.commit().await?;
-        num_requeued += 1;
-    }
-}
-
-async fn settle_expired(connection: &mut PgConnection, lease: &Lease) -> Result<(), WriteError> {
-    if find_job(connection, lease).await?.is_some() {
-        let message = "the worker was not heard of for a whole lease";
-        let failure = Failure::new(crate::domain::job::FailureKind::Infrastructure, message);
-        return settle_as(connection, lease, &TrainingEnd::Failed(failure), Outcome::LeaseExpired).await;
-    }
-    leases::count_infra_failure(connection, &lease.work_item).await?;
-    leases::end_attempt(connection, lease, Outcome::LeaseExpired, Some(0.0)).await
-}
-
-async fn settle(connection: &mut PgConnection, lease: &Lease, end: &TrainingEnd) -> Result<(), WriteError> {
     let outcome = match end {
         TrainingEnd::Succeeded => Outcome::Succeeded,
         TrainingEnd::Cancelled => Outcome::Cancelled,
         TrainingEnd::Released => Outcome::Released,
         TrainingEnd::Failed(_) => Outcome::Failed,
     };
-    settle_as(connection, lease, end, outcome).await
+    let mut tx = pool.begin().await?;
+    settle(&mut tx, lease, end, outcome).await?;
+    tx.commit().await?;
+    Ok(())
 }
 
-async fn settle_as(
+pub(super) async fn settle(
     connection: &mut PgConnection,
     lease: &Lease,
     end: &TrainingEnd,
     outcome: Outcome,
 ) -> Result<(), WriteError> {
+    leases::fence(connection, lease).await?;
     let Some((job, state)) = find_job(connection, lease).await? else {
         return Err(sqlx::Error::RowNotFound.into());
     };
@@ -324,7 +295,7 @@ async fn settle_as(
                 true => leases::count_infra_failure(connection, &lease.work_item).await?,
                 false => i64::MAX,
             };
-            if failures <= MAX_INFRA_FAILURES {
+            if failures <= leases::MAX_INFRA_FAILURES {
                 let backoff_s = 2f64.powi(failures as i32 - 1) - 1.0;
                 requeue_after_s = Some(backoff_s);
                 let message = format!("{}; another attempt in {backoff_s} s", failure.message);
@@ -358,7 +329,14 @@ async fn settle_as(
     Ok(())
 }
 
+/// The job of a lease's work item, if it has one. Locks both, the work item first, as everybody does.
 async fn find_job(connection: &mut PgConnection, lease: &Lease) -> sqlx::Result<Option<(JobId, JobState)>> {
+    sqlx::query!(
+        "-- db::training::find_job: lock\nselect id from work_items where id = $1 for update",
+        lease.work_item.as_str()
+    )
+    .fetch_optional(&mut *connection)
+    .await?;
     let row = sqlx::query!(
         r#"
         -- db::training::find_job

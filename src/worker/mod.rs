@@ -25,7 +25,7 @@ use crate::{
     db::{
         self,
         leases::{self, Lease, WorkKind},
-        training, workers,
+        recovery, training, workers,
     },
     domain::{ids::WorkerId, spec::Device},
     shutdown::Shutdown,
@@ -132,7 +132,7 @@ async fn stay_seen(agent: &Agent) {
 async fn requeue_expired(pool: &PgPool, config: &AgentConfig) {
     loop {
         tokio::time::sleep(Duration::from_secs_f64((config.lease_s as f64 / 10.0).max(0.3))).await;
-        match training::requeue_expired(pool).await {
+        match recovery::requeue_expired(pool).await {
             Ok(0) => {}
             Ok(num_items) => tracing::warn!(num_items, "took back work whose lease ran out"),
             Err(error) => tracing::warn!(%error, "could not look for leases that ran out"),

@@ -4,6 +4,7 @@ use relora::{
     db::{
         leases::{self, Lease, WorkKind, WriteError},
         nodes::{self, StoredFile},
+        recovery,
         training::{self, TrainingEnd},
         workers,
     },
@@ -173,7 +174,7 @@ async fn an_expired_lease_that_nobody_took_is_renewed(pool: PgPool) {
     let lease = claim(&pool, &worker(&pool).await).await.unwrap();
     run_out(&pool).await;
     leases::heartbeat(&pool, &lease, 30.0).await.unwrap();
-    assert_eq!(training::requeue_expired(&pool).await.unwrap(), 0);
+    assert_eq!(recovery::requeue_expired(&pool).await.unwrap(), 0);
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -184,7 +185,7 @@ async fn a_worker_that_lost_its_lease_can_write_nothing(pool: PgPool) {
     let zombie = claim(&pool, &worker).await.unwrap();
     begin(&pool, &zombie).await;
     run_out(&pool).await;
-    assert_eq!(training::requeue_expired(&pool).await.unwrap(), 1);
+    assert_eq!(recovery::requeue_expired(&pool).await.unwrap(), 1);
     assert_eq!(state(&pool, &job).await, "queued");
     let lease = claim(&pool, &worker).await.unwrap();
     assert_eq!(lease.lease_epoch, zombie.lease_epoch + 1);
@@ -218,7 +219,7 @@ async fn another_attempt_goes_on_from_the_last_state_and_supersedes_what_came_af
     commit(&pool, &first, &job, node(NodeKind::Checkpoint, 20)).await.unwrap();
     training::append_steps(&pool, &first, &job, &(1..=25).map(step).collect::<Vec<_>>()).await.unwrap();
     run_out(&pool).await;
-    training::requeue_expired(&pool).await.unwrap();
+    recovery::requeue_expired(&pool).await.unwrap();
 
     let second = claim(&pool, &worker).await.unwrap();
     let resume = begin(&pool, &second).await.resume.unwrap();
