@@ -36,7 +36,7 @@ test: setup lint ## Run every test
 	scripts/sqlx-prepare --check
 	$(with_libtorch) cargo build --release --locked
 	$(with_libtorch) scripts/with-postgres cargo test --release --locked
-	"$$(scripts/setup-python)" -m pytest -p no:cacheprovider tests
+	RELORA_TRAINER="$(relora)-trainer" "$$(scripts/setup-python)" -m pytest -p no:cacheprovider tests
 
 lint: ## Check formatting and clippy, with and without the trainer
 	cargo fmt --check
@@ -48,7 +48,7 @@ sqlx: ## Write what the query macros learn of the database to .sqlx
 
 openapi: build ## Write the API's document to openapi/
 	@mkdir -p openapi
-	$(relora) openapi > openapi/openapi.json
+	"$(relora)" openapi > openapi/openapi.json
 
 bench-service: build ## Measure start, claim, transfer and memory
 	@scripts/bench-service

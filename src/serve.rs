@@ -14,8 +14,8 @@ use tokio::net::TcpListener;
 
 use crate::{
     api,
-    config::{AgentConfig, CLIENT_FILE, ClientFile, Secret, ServeConfig},
-    db::{self, keys, leases, recovery},
+    config::{CLIENT_FILE, ClientFile, Secret, ServeConfig},
+    db::{self, datasets, keys, leases, recovery},
     embedded::{Postgres, S3},
     shutdown::Shutdown,
     storage::Store,
@@ -76,11 +76,12 @@ async fn serve(
         // Nobody else can reach this database, so whoever held a lease is gone.
         leases::expire_all(&pool).await.context("expire the leases of a server that was killed")?;
         recovery::requeue_expired(&pool).await.context("requeue the work of a server that was killed")?;
+        datasets::fail_all_uploads(&pool).await.context("end the uploads of a server that was killed")?;
     }
     let client_file = write_client_file(&config.data_dir, &pool, address.port(), postgres.is_some()).await?;
     tracing::info!(%address, client.file = %client_file.display(), "serving");
 
-    let working = work(config.local_worker.clone(), pool.clone(), store.clone(), shutdown);
+    let working = work(config, pool.clone(), store.clone(), shutdown);
     let limits = api::Limits { max_upload_bytes: config.max_upload_bytes };
     let state = api::AppState::new(pool.clone(), store, shutdown.clone(), limits);
     let serving = async {
@@ -94,9 +95,13 @@ async fn serve(
 }
 
 /// Runs the local worker, if one is wanted. Its failure stops the server: jobs would wait for ever.
-async fn work(config: Option<AgentConfig>, pool: PgPool, store: Store, shutdown: &Shutdown) -> Result<()> {
-    let Some(config) = config else { return Ok(()) };
-    let outcome = worker::run(config, pool, store, shutdown.clone()).await.context("run the local worker");
+async fn work(config: &ServeConfig, pool: PgPool, store: Store, shutdown: &Shutdown) -> Result<()> {
+    let Some(agent) = &config.local_worker else {
+        // Where no worker lives there is still somebody to notice that they died.
+        shutdown.run_until(worker::take_back_expired(&pool, config.lease_s)).await;
+        return Ok(());
+    };
+    let outcome = worker::run(agent.clone(), pool, store, shutdown.clone()).await.context("run the local worker");
     shutdown.trigger();
     outcome
 }
@@ -105,20 +110,9 @@ async fn work(config: Option<AgentConfig>, pool: PgPool, store: Store, shutdown:
 /// the first start, when there is none yet; only its hash is kept in the database.
 async fn write_client_file(data_dir: &Path, pool: &PgPool, port: u16, private_database: bool) -> Result<PathBuf> {
     let path = data_dir.join(CLIENT_FILE);
-    let context = || format!("write the client's settings to {}", path.display());
-    let url = format!("http://127.0.0.1:{port}");
-    let known = fs::read(&path).ok().and_then(|bytes| serde_json::from_slice::<ClientFile>(&bytes).ok());
-    let first = keys::ensure_first_key(pool).await.context("make the first API key")?;
-    let api_key = match (first, known) {
-        (Some(key), _) => Secret::new(key),
-        (None, Some(known)) => known.api_key,
-        (None, None) if private_database => {
-            Secret::new(keys::create_key(pool, "recovered").await.context("make an API key")?)
-        }
-        (None, None) => return Ok(path),
-    };
+    let context = || format!("write the client's settings to {} (RELORA_DATA_DIR)", path.display());
+    // Before a key is made it is certain that it can be handed over.
     fs::create_dir_all(data_dir).with_context(context)?;
-    let json = serde_json::json!({"url": url, "api_key": api_key.expose()});
     let temporary = path.with_extension("tmp");
     let mut file = fs::OpenOptions::new()
         .write(true)
@@ -127,8 +121,34 @@ async fn write_client_file(data_dir: &Path, pool: &PgPool, port: u16, private_da
         .mode(0o600)
         .open(&temporary)
         .with_context(context)?;
+
+    let url = format!("http://127.0.0.1:{port}");
+    let api_key = match valid_key(&path, pool).await? {
+        Some(key) => key,
+        None => match keys::ensure_first_key(pool).await.context("make the first API key")? {
+            Some(key) => Secret::new(key),
+            None if private_database => {
+                Secret::new(keys::create_key(pool, "recovered").await.context("make an API key")?)
+            }
+            None => {
+                tracing::info!("the database has an API key already; only its owner can hand it on");
+                fs::remove_file(&temporary).with_context(context)?;
+                return Ok(path);
+            }
+        },
+    };
+    let json = serde_json::json!({"url": url, "api_key": api_key.expose()});
     file.write_all(&serde_json::to_vec_pretty(&json)?).with_context(context)?;
     file.sync_all().with_context(context)?;
     fs::rename(&temporary, &path).with_context(context)?;
     Ok(path)
+}
+
+/// The key of an earlier start, if this database knows it.
+async fn valid_key(path: &Path, pool: &PgPool) -> Result<Option<Secret>> {
+    let known = fs::read(path).ok().and_then(|bytes| serde_json::from_slice::<ClientFile>(&bytes).ok());
+    let Some(known) = known else { return Ok(None) };
+    let grant =
+        keys::find_grant(pool, known.api_key.expose()).await.context("look up the API key of an earlier start")?;
+    Ok(grant.map(|_| known.api_key))
 }

@@ -1,5 +1,8 @@
 //! The OpenAPI document, apart from its operations.
 
+use std::sync::LazyLock;
+
+use axum::Json;
 use utoipa::{
     Modify,
     openapi::{
@@ -8,7 +11,7 @@ use utoipa::{
     },
 };
 
-use super::error::ProblemDetails;
+use super::{auth::Caller, error::ProblemDetails, responses::CallerErrors, router};
 
 #[derive(utoipa::OpenApi)]
 #[openapi(
@@ -28,6 +31,7 @@ use super::error::ProblemDetails;
         (name = "restarts", description = "The LoRA delta of each cycle"),
         (name = "checkpoints", description = "Merged full weights"),
         (name = "health", description = "Probes"),
+        (name = "document", description = "This document"),
     )
 )]
 pub struct Document;
@@ -40,6 +44,14 @@ impl Modify for BearerKey {
         let components = openapi.components.get_or_insert_default();
         components.add_security_scheme("api_key", SecurityScheme::Http(scheme.build()));
     }
+}
+
+/// Get this document
+#[utoipa::path(get, path = "/openapi.json", tag = "document",
+    responses((status = 200, description = "The OpenAPI document", body = serde_json::Value), CallerErrors))]
+pub async fn get_openapi(_: Caller) -> Json<&'static OpenApi> {
+    static DOCUMENT: LazyLock<OpenApi> = LazyLock::new(router::openapi);
+    Json(&DOCUMENT)
 }
 
 /// Says of responses that every field is there: a value that is missing is null, and never left out.

@@ -85,6 +85,9 @@ pub struct JobPage {
     next_cursor: Option<String>,
 }
 
+/// A trainer is one process on one device.
+const MAX_GPUS_PER_JOB: i64 = 1;
+
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(default, deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
@@ -154,7 +157,7 @@ pub async fn create_job(
     let (request, mut problems) = TrainSpecRequest::parse(body.0);
     let mut tx = state.pool.begin().await?;
     let facts = find_facts(&mut tx, &caller.project, &request, &mut problems).await?;
-    let limits = SpecLimits { max_gpus: jobs::max_gpus(&mut tx).await?.max(1) };
+    let limits = SpecLimits { max_gpus: jobs::max_gpus(&mut tx).await?.clamp(1, MAX_GPUS_PER_JOB) };
 
     let normalised = request.normalise(facts.as_ref(), limits);
     let (spec, warnings) = match normalised {
@@ -165,6 +168,7 @@ pub async fn create_job(
 
     let id = jobs::create(&mut tx, &caller.project, &spec, &warnings).await?;
     tx.commit().await?;
+    tracing::info!(job.id = %id, project.id = %caller.project, "job queued");
     Ok((StatusCode::CREATED, Json(find(&state, &caller, &id).await?.into())))
 }
 
@@ -249,7 +253,10 @@ pub async fn cancel_job(
     Path(id): Path<JobId>,
 ) -> ApiResult<(StatusCode, Json<Job>)> {
     match jobs::cancel(&state.pool, &caller.project, &id).await? {
-        Cancellation::Accepted => Ok((StatusCode::ACCEPTED, Json(find(&state, &caller, &id).await?.into()))),
+        Cancellation::Accepted => {
+            tracing::info!(job.id = %id, "cancellation asked for");
+            Ok((StatusCode::ACCEPTED, Json(find(&state, &caller, &id).await?.into())))
+        }
         Cancellation::NotFound => Err(ApiError::NotFound("job")),
         Cancellation::Finished(state) => Err(ApiError::JobFinished(state)),
     }

@@ -23,6 +23,8 @@ mod router;
 mod tokenizations;
 mod upload;
 
+use std::time::Duration;
+
 use anyhow::Context;
 use sqlx::PgPool;
 use tokio::net::TcpListener;
@@ -68,9 +70,19 @@ impl AppState {
     }
 }
 
-/// Serves until `shutdown`, and until every request is answered; streams end then.
+/// Requests that are being answered may take this long once the server stops.
+const TIME_TO_FINISH: Duration = Duration::from_secs(10);
+
+/// Serves until `shutdown`, and until every request is answered, within limits; streams end then.
 pub async fn serve(listener: TcpListener, state: AppState, shutdown: Shutdown) -> anyhow::Result<()> {
     let (router, _) = router(state);
-    let stop = async move { shutdown.wait().await };
-    axum::serve(listener, router).with_graceful_shutdown(stop).await.context("serve the API")
+    let stop = shutdown.clone();
+    let serving = axum::serve(listener, router).with_graceful_shutdown(async move { stop.wait().await });
+    tokio::select! {
+        outcome = serving => outcome.context("serve the API"),
+        () = async { shutdown.wait().await; tokio::time::sleep(TIME_TO_FINISH).await } => {
+            tracing::warn!("stopped before every request was answered");
+            Ok(())
+        }
+    }
 }

@@ -3,12 +3,11 @@
 use std::any::Any;
 
 use axum::{
-    Json, Router,
+    Router,
     extract::DefaultBodyLimit,
     http::Request,
     middleware::from_fn,
     response::{IntoResponse, Response},
-    routing::get,
 };
 use tower_http::{
     catch_panic::CatchPanicLayer,
@@ -29,6 +28,7 @@ fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(health::get_health))
         .routes(routes!(health::get_readiness))
+        .routes(routes!(document::get_openapi))
         .routes(routes!(datasets::create_dataset, datasets::list_datasets))
         .routes(routes!(datasets::find_dataset, datasets::delete_dataset))
         .routes(routes!(datasets::upload_dataset_content, datasets::download_dataset_content))
@@ -63,10 +63,7 @@ pub fn openapi() -> OpenApi {
 /// The whole service, and its document.
 pub fn router(state: AppState) -> (Router, OpenApi) {
     let (router, openapi) = routes().split_for_parts();
-    let openapi = document::complete(openapi);
-    let document = openapi.clone();
     let router = router
-        .route("/openapi.json", get(move || std::future::ready(Json(document.clone()))))
         .fallback(async || ApiError::NoRoute)
         .method_not_allowed_fallback(async || ApiError::MethodNotAllowed)
         .with_state(state)
@@ -76,7 +73,7 @@ pub fn router(state: AppState) -> (Router, OpenApi) {
         .layer(TraceLayer::new_for_http().make_span_with(span).on_failure(()))
         .layer(PropagateRequestIdLayer::x_request_id())
         .layer(SetRequestIdLayer::x_request_id(MakeRequestUuid));
-    (router, openapi)
+    (router, document::complete(openapi))
 }
 
 fn span<B>(request: &Request<B>) -> tracing::Span {

@@ -127,6 +127,7 @@ pub async fn create_tokenization(
         }
         Creation::DatasetNotReady(state) => return Err(ApiError::DatasetNotReady(state_name(state))),
     };
+    tracing::info!(tokenization.id = %id, dataset.id = %dataset, "tokenization queued");
     Ok((StatusCode::CREATED, Json(find(&state, &caller, &id).await?)))
 }
 

@@ -17,7 +17,7 @@ use super::{
     error::{ApiError, ApiResult},
 };
 use crate::{
-    db::datasets::{self, DatasetFormat, DatasetRow, StoredContent},
+    db::datasets::{self, DatasetFormat, DatasetRow, DatasetState, StoredContent},
     domain::ids::{DatasetId, ProjectId},
     storage::Key,
 };
@@ -61,7 +61,10 @@ async fn receive(state: AppState, upload: Upload, body: Body) -> ApiResult<Datas
             let finished =
                 datasets::finish_upload(&state.pool, &upload.project, &upload.dataset, &upload.token, &content).await;
             match finished {
-                Ok(Some(dataset)) => return Ok(dataset),
+                Ok(Some(dataset)) => {
+                    tracing::info!(dataset.id = %upload.dataset, size_bytes = content.size_bytes, "dataset ready");
+                    return Ok(dataset);
+                }
                 Ok(None) => ApiError::UploadSuperseded,
                 Err(error) => error.into(),
             }
@@ -71,8 +74,13 @@ async fn receive(state: AppState, upload: Upload, body: Body) -> ApiResult<Datas
 
     let reason = error.detail();
     tracing::warn!(dataset.id = %upload.dataset, error = %error, "dataset upload failed");
-    datasets::fail_upload(&state.pool, &upload.project, &upload.dataset, &upload.token, &reason).await?;
-    state.delete_objects(&[upload.key().to_string()]).await;
+    let failed = datasets::fail_upload(&state.pool, &upload.project, &upload.dataset, &upload.token, &reason).await;
+    // If the database cannot say whether the upload was finished after all, its object stays.
+    match failed {
+        Ok(Some(DatasetState::Ready)) => {}
+        Ok(_) => state.delete_objects(&[upload.key().to_string()]).await,
+        Err(error) => tracing::warn!(dataset.id = %upload.dataset, %error, "could not enter that the upload failed"),
+    }
     Err(error)
 }
 

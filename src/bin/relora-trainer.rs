@@ -10,9 +10,12 @@ use clap::Parser;
 use relora::domain;
 
 fn main() -> ExitCode {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).init();
-    if std::env::args().nth(1).as_deref() == Some("--probe") {
-        return train::probe();
+    // Without a reader of its log the trainer still has a state to save: a failed write must not panic.
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).log_internal_errors(false).init();
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["--probe"] => train::probe(),
+        ["--logits", checkpoint, out] => train::write_logits(checkpoint.as_ref(), out.as_ref()),
+        _ => train::run(&train::Args::parse()),
     }
-    train::run(&train::Args::parse())
 }

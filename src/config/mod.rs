@@ -342,7 +342,7 @@ impl AgentConfig {
                     str::parse::<std::num::NonZero<usize>>,
                 )
                 .get(),
-            lease_s: reader.value("RELORA_LEASE_S", "a number of seconds from 5 to 3600", 30, seconds(5..=3600)),
+            lease_s: reader.value("RELORA_LEASE_S", "a number of seconds from 1 to 3600", 30, seconds(1..=3600)),
             stop_grace_s: reader.value(
                 "RELORA_STOP_GRACE_S",
                 "a number of seconds from 0 to 3600",

@@ -111,7 +111,7 @@ fn a_bucket_alone_is_on_aws_and_an_endpoint_alone_has_the_default_bucket() {
 fn every_bad_variable_is_reported_with_its_type_and_reason() {
     let error = serve(&[
         ("RELORA_BIND", "localhost"),
-        ("RELORA_LEASE_S", "1"),
+        ("RELORA_LEASE_S", "0"),
         ("RELORA_TRAINER_THREADS", "0"),
         ("RELORA_LOG", "a=b=c"),
         ("RELORA_LOG_FORMAT", "xml"),
@@ -124,7 +124,7 @@ fn every_bad_variable_is_reported_with_its_type_and_reason() {
     .to_string();
     for name in [
         "RELORA_BIND: expected an address and a port, such as 127.0.0.1:8080, got \"localhost\": ",
-        "RELORA_LEASE_S: expected a number of seconds from 5 to 3600, got \"1\": it is outside the range",
+        "RELORA_LEASE_S: expected a number of seconds from 1 to 3600, got \"0\": it is outside the range",
         "RELORA_TRAINER_THREADS: ",
         "RELORA_LOG: ",
         "RELORA_LOG_FORMAT: ",

@@ -170,25 +170,42 @@ pub async fn finish_upload(
     .await
 }
 
-/// Ends an upload badly, unless a later one took over.
+/// Ends an upload badly, unless it was finished or a later one took over. Returns the state in which
+/// this upload left the dataset; `None` if a later one has it.
 pub async fn fail_upload(
     pool: &PgPool,
     project: &ProjectId,
     id: &DatasetId,
     token: &str,
     error: &str,
-) -> sqlx::Result<()> {
-    sqlx::query!(
+) -> sqlx::Result<Option<DatasetState>> {
+    sqlx::query_scalar!(
         r#"
         -- db::datasets::fail_upload
         update datasets
-        set state = 'failed', error = $4
-        where project_id = $1 and id = $2 and upload_token = $3 and state = 'uploading'
+        set state = case when state = 'uploading' then 'failed' else state end,
+            error = case when state = 'uploading' then $4 else error end
+        where project_id = $1 and id = $2 and upload_token = $3
+        returning state as "state: DatasetState"
         "#,
         project.as_str(),
         id.as_str(),
         token,
         error,
+    )
+    .fetch_optional(pool)
+    .await
+}
+
+/// Ends every upload that was in progress. Only for a private database whose single server was killed.
+pub async fn fail_all_uploads(pool: &PgPool) -> sqlx::Result<()> {
+    sqlx::query!(
+        r#"
+        -- db::datasets::fail_all_uploads
+        update datasets
+        set state = 'failed', error = 'the server was killed during the upload; upload the content again'
+        where state = 'uploading'
+        "#
     )
     .execute(pool)
     .await?;

@@ -53,11 +53,9 @@ pub async fn create(
             insert into work_items (id, project_id, kind, priority, device, num_gpus)
             values ($1, $2, 'train', $3, $4, $5)
             returning id
-        ), notified as (
-            select pg_notify('work_available', '')
         )
         insert into jobs (id, project_id, work_item_id, dataset_id, tokenization_id, name, spec, warnings)
-        select $6, $2, queued.id, $7, $8, $9, $10, $11 from queued, notified
+        select $6, $2, queued.id, $7, $8, $9, $10, $11 from queued
         "#,
         work_item.as_str(),
         project.as_str(),

@@ -79,7 +79,8 @@ pub async fn claim(
                 and w.kind = $2
                 and w.eligible_at <= now()
                 and w.format_version <= $6
-                and (w.device = 'auto' or (w.device = $3 and w.num_gpus <= greatest($4::bigint, 1)))
+                -- Every worker has a CPU; without one of its GPUs num_gpus means nothing.
+                and (w.device in ('auto', 'cpu') or (w.device = $3 and w.num_gpus <= $4))
                 and (
                     w.kind <> 'train'
                     or exists (

@@ -24,6 +24,7 @@ pub async fn requeue_expired(pool: &PgPool) -> Result<i64, WriteError> {
             training::settle(&mut tx, &lease, &end, Outcome::LeaseExpired).await?;
         }
         tx.commit().await?;
+        tracing::warn!(work_item.id = %lease.work_item, lease.epoch = lease.lease_epoch, "lease ran out; work taken back");
         num_expired += 1;
     }
 }

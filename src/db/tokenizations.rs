@@ -85,11 +85,9 @@ pub async fn create(
         -- db::tokenizations::create
         with queued as (
             insert into work_items (id, project_id, kind) values ($1, $2, 'ingest') returning id
-        ), notified as (
-            select pg_notify('work_available', '')
         )
         insert into tokenizations (id, project_id, dataset_id, work_item_id, vocab_size, validation_frac)
-        select $3, $2, $4, queued.id, $5, $6 from queued, notified
+        select $3, $2, $4, queued.id, $5, $6 from queued
         "#,
         work_item.as_str(),
         project.as_str(),

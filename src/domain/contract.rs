@@ -37,7 +37,7 @@ pub enum Event {
     Eval { step: i64, loss: f64, perplexity: f64, num_tokens: i64 },
     /// A node of the lineage is complete on disk under its final name.
     Node(NodeReport),
-    /// Text generated from one of the spec's prompts.
+    /// Text generated from one of the spec's prompts, which it begins with.
     Sample { step: i64, prompt: String, text: String },
     /// Something that the user should know and that does not end the run.
     Warning { step: i64, message: String },

@@ -252,25 +252,3 @@ async fn a_signed_url_names_the_public_host_and_only_where_there_is_one() {
     assert!(url.query_pairs().any(|(_, value)| value == "attachment; filename=\"b1.bin\""));
     assert!(url.query_pairs().any(|(name, _)| name == "X-Amz-Signature"));
 }
-
-#[tokio::test(flavor = "multi_thread")]
-#[ignore = "takes 3 GB of disk"]
-async fn a_gigabyte_passes_through_in_little_memory() {
-    let f = Fixture::start().await;
-    let mut file = std::fs::File::create(f.path("file")).unwrap();
-    let block = noise(MB);
-    for _ in 0..1000 {
-        std::io::Write::write_all(&mut file, &block).unwrap();
-    }
-    let (key, path, copy) = (key("a"), f.path("file"), f.path("copy"));
-    let uploaded = f.store.upload_file(&key, &path).await.unwrap();
-    f.store.download_to(&key, &copy, &uploaded).await.unwrap();
-    assert!(peak_memory_kb() < 200_000, "{} kB", peak_memory_kb());
-}
-
-/// Of client and server together: both are this process.
-fn peak_memory_kb() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
-}

@@ -25,20 +25,30 @@ pub struct Evaluation {
     pub num_tokens: i64,
 }
 
-pub fn evaluate(model: &Llama, split: &Split, spec: &TrainSpec, device: Device) -> Result<Evaluation, TrainError> {
+/// The mean loss; `None` if it is interrupted, which is asked for between micro-batches.
+pub fn evaluate(
+    model: &Llama,
+    split: &Split,
+    spec: &TrainSpec,
+    device: Device,
+    mut is_interrupted: impl FnMut() -> bool,
+) -> Result<Option<Evaluation>, TrainError> {
     let _guard = tch::no_grad_guard();
     let sequence_length = spec.batch.sequence_length;
     let num_rows = (spec.eval.max_tokens / sequence_length).clamp(1, split.num_rows);
     let mut summed_loss = 0.0;
     let mut first_row = 0;
     while first_row < num_rows {
+        if is_interrupted() {
+            return Ok(None);
+        }
         let end = (first_row + spec.batch.micro_batch_seqs).min(num_rows);
         let rows = split.rows(first_row..end, device)?;
         summed_loss += model.summed_loss(&rows, None).double_value(&[]); // device sync
         first_row = end;
     }
     let num_tokens = num_rows * (sequence_length - 1);
-    Ok(Evaluation { loss: summed_loss / num_tokens as f64, num_tokens })
+    Ok(Some(Evaluation { loss: summed_loss / num_tokens as f64, num_tokens }))
 }
 
 /// Continues every prompt of the spec. The draws depend on the seed and the prompt's place alone.

@@ -10,6 +10,7 @@ mod error;
 mod eval;
 mod events;
 mod layout;
+mod logits;
 mod model;
 mod native;
 mod nodes;
@@ -27,4 +28,4 @@ mod loop_tests;
 #[cfg(test)]
 mod test_support;
 
-pub use process::{Args, probe, run};
+pub use process::{Args, probe, run, write_logits};

@@ -1,6 +1,13 @@
 //! The nodes that a run leaves: copied from the weights here, while the loop waits, and written by the writer's thread.
 
-use std::{path::PathBuf, time::Instant};
+use std::{
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Instant,
+};
 
 use tch::Tensor;
 
@@ -8,7 +15,7 @@ use super::{
     error::TrainError,
     events::Events,
     layout,
-    state::{self, FROZEN_TENSORS, LoopState, STATE_JSON, STATE_TENSORS, StateFile},
+    state::{self, FROZEN_TENSORS, LoopState, Phase, STATE_JSON, STATE_TENSORS, StateFile},
     weights::Weights,
     writer::{Content, Folder, Node, Writer},
 };
@@ -54,9 +61,10 @@ impl Nodes {
         }
     }
 
-    /// Says that the frozen matrices of this restart lie in the output directory already.
-    pub fn set_frozen_on_disk(&mut self, restart: i64) {
-        self.frozen_on_disk = Some(restart);
+    /// Says that the state of this run, and the frozen matrices if it names any, lie in the output directory already.
+    pub fn set_on_disk(&mut self, state: &LoopState) {
+        self.last_state_step = Some(state.step);
+        self.frozen_on_disk = (state.phase == Phase::LowRank).then_some(state.restart);
     }
 
     pub fn save_base(&mut self, at: &LoopState, weights: &Weights, spec: &TrainSpec) -> Result<(), TrainError> {
@@ -162,9 +170,12 @@ impl Nodes {
         shared_files: Vec<NodeFile>,
         started: Instant,
     ) -> Result<(), TrainError> {
-        let stall_ms = started.elapsed().as_millis() as i64;
-        let node = Node { kind, step: at.step, restart: at.restart, folders, shared_files, stall_ms };
-        match self.writer.as_ref().map(|writer| writer.submit(node)) {
+        let stall_ms = Arc::new(AtomicI64::default());
+        let node =
+            Node { kind, step: at.step, restart: at.restart, folders, shared_files, stall_ms: Arc::clone(&stall_ms) };
+        let submitted = self.writer.as_ref().map(|writer| writer.submit(node));
+        stall_ms.store(started.elapsed().as_millis() as i64, Ordering::Relaxed);
+        match submitted {
             Some(true) => Ok(()),
             _ => self.finish(),
         }

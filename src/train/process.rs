@@ -13,9 +13,10 @@ use super::{
     device,
     error::TrainError,
     events::{self, Events},
+    logits,
     model::Llama,
     nodes::Nodes,
-    run::{Ending, Run},
+    run::{Ending, Inbox, Run},
     state::{LoopState, Phase, StateFile},
     weights::Weights,
 };
@@ -59,6 +60,17 @@ pub fn probe() -> ExitCode {
     ExitCode::SUCCESS
 }
 
+/// Writes the logits of a checkpoint, for tests.
+pub fn write_logits(checkpoint: &Path, out: &Path) -> ExitCode {
+    match logits::write(checkpoint, out) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(%error, "no logits");
+            ExitCode::FAILURE
+        }
+    }
+}
+
 /// Runs to the last event. Whatever goes wrong becomes a `Failed` event and a non-zero exit code.
 pub fn run(args: &Args) -> ExitCode {
     let events = Events::new(std::io::stdout());
@@ -90,13 +102,13 @@ pub fn train(
     let fingerprint = device::fingerprint(device, &spec);
     let (out_dir, eos_token_id) = (args.out.clone(), dataset.tokenization.eos_token_id);
     let mut nodes = Nodes::new(out_dir, events.clone(), args.data.clone(), eos_token_id, fingerprint.clone());
-    let (weights, state) = match &args.resume {
-        None => (Weights::initial(&spec.model, spec.seed, device), LoopState::new()),
-        Some(state_dir) => resume(state_dir, &spec, device, &fingerprint, events)?,
+    let (weights, state, written_by) = match &args.resume {
+        None => (Weights::initial(&spec.model, spec.seed, device), LoopState::new(), fingerprint.clone()),
+        Some(state_dir) => resume(state_dir, &spec, device)?,
     };
     if let Some(state_dir) = args.resume.as_deref().filter(|dir| lies_in(dir, &args.out)) {
         tracing::info!(state.path = %state_dir.display(), "frozen weights are shared with the state");
-        nodes.set_frozen_on_disk(state.restart);
+        nodes.set_on_disk(&state);
     }
     let mut run = Run {
         schedule: Schedule::new(&spec),
@@ -109,15 +121,19 @@ pub fn train(
         weights,
         state,
         nodes,
-        commands,
+        inbox: Inbox::new(commands),
     };
     events.emit(&Event::Ready {
         format_version: FORMAT_VERSION,
         device: fingerprint.device.clone(),
         step: run.state.step,
         num_params: run.spec.model.num_params(),
-        fingerprint,
+        fingerprint: fingerprint.clone(),
     });
+    if written_by != fingerprint {
+        let message = format!("numerics changed, results are no longer exact: {written_by:?}, now {fingerprint:?}");
+        events.emit(&Event::Warning { step: run.state.step, message });
+    }
     let ending = run.train()?;
     run.nodes.finish()?;
     let step = run.state.step;
@@ -140,14 +156,12 @@ fn read_spec(args: &Args) -> Result<TrainSpec, TrainError> {
     serde_json::from_slice(&json).map_err(|error| config(error.to_string()))
 }
 
-/// Weights and loop state as they were written.
+/// Weights and loop state as they were written, and the fingerprint of who wrote them.
 fn resume(
     state_dir: &Path,
     spec: &TrainSpec,
     device: tch::Device,
-    fingerprint: &Fingerprint,
-    events: &Events,
-) -> Result<(Weights, LoopState), TrainError> {
+) -> Result<(Weights, LoopState, Fingerprint), TrainError> {
     let file = StateFile::read(state_dir)?;
     file.check_spec(spec)?;
     let state = file.loop_state.clone();
@@ -156,12 +170,7 @@ fn resume(
         _ => Weights::zeros(&spec.model, device),
     };
     file.read_tensors(state_dir, &mut weights)?;
-    if file.fingerprint != *fingerprint {
-        let message =
-            format!("numerics changed, results are no longer exact: {:?}, now {fingerprint:?}", file.fingerprint);
-        events.emit(&Event::Warning { step: state.step, message });
-    }
-    Ok((weights, state))
+    Ok((weights, state, file.fingerprint))
 }
 
 /// Whether a state lies in this output directory, so that its frozen weights need not be written again.

@@ -41,7 +41,34 @@ pub struct Run {
     pub is_settled: bool,
     pub nodes: Nodes,
     pub events: Events,
-    pub commands: Receiver<Command>,
+    pub inbox: Inbox,
+}
+
+/// What the worker has asked for.
+pub struct Inbox {
+    commands: Receiver<Command>,
+    is_stopping: bool,
+    is_state_wanted: bool,
+}
+
+impl Inbox {
+    pub fn new(commands: Receiver<Command>) -> Self {
+        Self { commands, is_stopping: false, is_state_wanted: false }
+    }
+
+    /// Takes note of what came since the last time. A sender that is gone has asked for a stop.
+    fn read(&mut self) -> &mut Self {
+        loop {
+            match self.commands.try_recv() {
+                Ok(Command::SaveState) => self.is_state_wanted = true,
+                Ok(Command::Stop) | Err(TryRecvError::Disconnected) => {
+                    self.is_stopping = true;
+                    return self;
+                }
+                Err(TryRecvError::Empty) => return self,
+            }
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,21 +111,23 @@ impl Run {
                 }
                 self.is_settled = true;
             }
-            if is_last {
+            if is_last && !self.state.evaluation_due {
                 self.sample()?;
                 return Ok(Ending::Done);
             }
 
-            match self.commands.try_recv() {
-                Ok(Command::Stop) | Err(TryRecvError::Disconnected) => {
-                    self.nodes.save_state(&self.state, &self.weights, &self.spec)?;
-                    return Ok(Ending::Stopped);
-                }
-                Ok(Command::SaveState) => self.nodes.save_state(&self.state, &self.weights, &self.spec)?,
-                Err(TryRecvError::Empty) if self.nodes.state_is_due(&self.spec) => {
-                    self.nodes.save_state(&self.state, &self.weights, &self.spec)?;
-                }
-                Err(TryRecvError::Empty) => self.nodes.check()?,
+            let Inbox { is_stopping, is_state_wanted, .. } = self.inbox.read();
+            let is_stopping = *is_stopping;
+            if is_stopping || std::mem::take(is_state_wanted) || self.nodes.state_is_due(&self.spec) {
+                self.nodes.save_state(&self.state, &self.weights, &self.spec)?;
+            }
+            if is_stopping {
+                return Ok(Ending::Stopped);
+            }
+            self.nodes.check()?;
+            if self.state.evaluation_due {
+                self.evaluate()?;
+                continue;
             }
 
             let started = Instant::now();
@@ -159,14 +188,21 @@ impl Run {
         self.nodes.save_restart(&self.state, &self.weights, &self.spec, merged_factors)
     }
 
-    fn evaluate(&self) -> Result<(), TrainError> {
-        let evaluation = eval::evaluate(&self.model, &self.dataset.valid, &self.spec, self.device)?;
-        self.events.emit(&Event::Eval {
-            step: self.state.step,
-            loss: evaluation.loss,
-            perplexity: evaluation.loss.exp(),
-            num_tokens: evaluation.num_tokens,
-        });
+    /// Reports the validation loss. A stop does not wait for it: the evaluation is then due to whoever goes on.
+    fn evaluate(&mut self) -> Result<(), TrainError> {
+        let Self { model, dataset, spec, device, inbox, .. } = self;
+        let is_interrupted = || inbox.read().is_stopping;
+        let evaluation = eval::evaluate(model, &dataset.valid, spec, *device, is_interrupted)?;
+        self.state.evaluation_due = evaluation.is_none();
+        let Some(evaluation) = evaluation else { return Ok(()) };
+        let (step, perplexity) = (self.state.step, evaluation.loss.exp());
+        if !perplexity.is_finite() {
+            let loss = evaluation.loss;
+            let message = format!("the validation loss is {loss} after step {step}: lower the learning rate");
+            return Err(TrainError::new(FailureKind::Diverged, message));
+        }
+        let num_tokens = evaluation.num_tokens;
+        self.events.emit(&Event::Eval { step, loss: evaluation.loss, perplexity, num_tokens });
         Ok(())
     }
 

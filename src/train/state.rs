@@ -38,12 +38,22 @@ pub struct LoopState {
     pub num_tokens: i64,
     pub num_skipped_in_a_row: i64,
     pub phase: Phase,
+    /// The evaluation after this step was cut short by a stop, and is made up for by whoever goes on.
+    pub evaluation_due: bool,
 }
 
 impl LoopState {
     /// Before the first update.
     pub fn new() -> Self {
-        Self { step: 0, restart: 0, num_batches: 0, num_tokens: 0, num_skipped_in_a_row: 0, phase: Phase::FullRank }
+        Self {
+            step: 0,
+            restart: 0,
+            num_batches: 0,
+            num_tokens: 0,
+            num_skipped_in_a_row: 0,
+            phase: Phase::FullRank,
+            evaluation_due: false,
+        }
     }
 }
 

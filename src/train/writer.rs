@@ -6,7 +6,11 @@
 use std::{
     fs::{self, File},
     path::{Path, PathBuf},
-    sync::mpsc::{self, SyncSender},
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+        mpsc::{self, SyncSender},
+    },
     thread::{self, JoinHandle},
 };
 
@@ -44,8 +48,12 @@ pub struct Node {
     pub folders: Vec<Folder>,
     /// Files of the node that are on disk already.
     pub shared_files: Vec<NodeFile>,
-    pub stall_ms: i64,
+    /// Known once the node is handed over, so that a wait for the disk counts.
+    pub stall_ms: Arc<AtomicI64>,
 }
+
+/// Restart, checkpoint and state; or base, checkpoint and state.
+const MAX_WAITING: usize = 3;
 
 pub struct Writer {
     nodes: SyncSender<Node>,
@@ -54,8 +62,9 @@ pub struct Writer {
 
 impl Writer {
     pub fn start(out_dir: PathBuf, events: Events) -> Self {
-        // One node may wait while one is written; a third would be memory that the disk cannot keep up with.
-        let (nodes, queue) = mpsc::sync_channel::<Node>(1);
+        // What falls on one step may wait together, while an earlier node is written: the loop stands still only for
+        // its copies. More would be memory that the disk cannot keep up with.
+        let (nodes, queue) = mpsc::sync_channel::<Node>(MAX_WAITING);
         let thread = thread::spawn(move || {
             for node in queue {
                 let report = write_node(&out_dir, node)?;
@@ -99,10 +108,12 @@ fn write_node(out_dir: &Path, node: Node) -> Result<NodeReport, TrainError> {
         write_folder(out_dir, folder)?;
     }
     tracing::info!(node.kind = node.kind.folder(), node.step, node.restart, "node written");
-    Ok(NodeReport { kind: node.kind, step: node.step, restart: node.restart, files, stall_ms: node.stall_ms })
+    let stall_ms = node.stall_ms.load(Ordering::Relaxed);
+    Ok(NodeReport { kind: node.kind, step: node.step, restart: node.restart, files, stall_ms })
 }
 
-/// Writes under a temporary name, syncs, renames. A folder left by an earlier attempt is replaced.
+/// Writes under a temporary name, syncs, renames. A folder that an earlier run left is replaced: it is not one that this
+/// run goes on from.
 fn write_folder(out_dir: &Path, folder: Folder) -> Result<(), TrainError> {
     let target = out_dir.join(&folder.path);
     let (Some(parent), Some(name)) = (target.parent(), target.file_name()) else {
@@ -158,7 +169,7 @@ mod tests {
             restart: 0,
             folders: vec![folder],
             shared_files: vec![],
-            stall_ms: 0,
+            stall_ms: Arc::default(),
         }
     }
 

@@ -1,6 +1,7 @@
 //! One attempt on a tokenization: fetch the raw text, make tokens of it, store them.
 
 use anyhow::{Context, Result};
+use tracing::Instrument;
 
 use super::{
     Agent,
@@ -28,7 +29,13 @@ const FILES: [&str; 5] =
 /// Runs the attempt and settles the tokenization.
 pub async fn run(agent: &Agent, lease: &Lease, ingestion: Ingestion, shutdown: &Shutdown) {
     let id = &ingestion.tokenization;
-    tracing::info!(tokenization.id = %id, lease.epoch = lease.lease_epoch, "tokenization claimed");
+    let span = tracing::info_span!("attempt", tokenization.id = %id, lease.epoch = lease.lease_epoch);
+    run_within(agent, lease, ingestion, shutdown).instrument(span).await;
+}
+
+async fn run_within(agent: &Agent, lease: &Lease, ingestion: Ingestion, shutdown: &Shutdown) {
+    let id = &ingestion.tokenization;
+    tracing::info!("tokenization claimed");
     let keeper = LeaseKeeper::start(agent.pool.clone(), lease.clone(), agent.config.lease_s);
     let work = async {
         match shutdown.run_until(attempt(agent, lease, &ingestion)).await {
@@ -37,15 +44,15 @@ pub async fn run(agent: &Agent, lease: &Lease, ingestion: Ingestion, shutdown: &
                 until_written("complete", || ingestion::complete(&agent.pool, lease, id, counts, &files)).await
             }
             Some(Err(failure)) => {
-                tracing::warn!(tokenization.id = %id, kind = ?failure.kind, failure.message, "tokenization failed");
+                tracing::warn!(kind = ?failure.kind, failure.message, "tokenization failed");
                 until_written("fail", || ingestion::fail(&agent.pool, lease, id, &failure)).await
             }
         }
     };
     tokio::select! {
         outcome = work => match outcome {
-            Ok(()) => tracing::info!(tokenization.id = %id, lease.epoch = lease.lease_epoch, "attempt ended"),
-            Err(error) => tracing::error!(tokenization.id = %id, %error, "could not settle the tokenization"),
+            Ok(()) => tracing::info!("attempt ended"),
+            Err(error) => tracing::error!(%error, "could not settle the tokenization"),
         },
         () = keeper.lost() => {}
     }
@@ -69,10 +76,19 @@ async fn attempt(agent: &Agent, lease: &Lease, ingestion: &Ingestion) -> Result<
     let tokenized = tokenized
         .await
         .map_err(|error| Failure::new(FailureKind::Internal, format!("the tokenizer failed: {error}")))?
-        .map_err(|error| Failure::new(FailureKind::Data, format!("could not tokenize the dataset: {error:#}")))?;
+        .map_err(|error| Failure::new(kind_of(&error), format!("could not tokenize the dataset: {error:#}")))?;
 
     let files = upload(agent, lease, ingestion, folder.path()).await.map_err(storage)?;
     Ok((counts(tokenized), files))
+}
+
+/// The disk's fault can pass; text that cannot be tokenized stays so.
+fn kind_of(error: &anyhow::Error) -> FailureKind {
+    let io = error.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
+    match io.map(std::io::Error::kind) {
+        None | Some(std::io::ErrorKind::InvalidData) => FailureKind::Data,
+        Some(_) => FailureKind::Infrastructure,
+    }
 }
 
 fn counts(tokenized: Tokenized) -> Counts {

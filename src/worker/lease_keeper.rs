@@ -5,6 +5,7 @@ use std::time::Duration;
 use sqlx::PgPool;
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
+use tracing::Instrument;
 
 use crate::db::leases::{self, Desired, Lease, WriteError};
 
@@ -26,7 +27,7 @@ pub struct LeaseKeeper {
 impl LeaseKeeper {
     pub fn start(pool: PgPool, lease: Lease, lease_s: u64) -> Self {
         let (sender, orders) = watch::channel(Orders::Held(Desired::Run));
-        let heartbeat = tokio::spawn(beat(pool, lease, lease_s as f64, sender));
+        let heartbeat = tokio::spawn(beat(pool, lease, lease_s as f64, sender).in_current_span());
         Self { orders, _heartbeat: AbortOnDropHandle::new(heartbeat) }
     }
 
@@ -58,7 +59,7 @@ async fn beat(pool: PgPool, lease: Lease, lease_s: f64, orders: watch::Sender<Or
                 orders.send_if_modified(|now| std::mem::replace(now, Orders::Held(desired)) != Orders::Held(desired));
             }
             Ok(Err(WriteError::LeaseLost)) => {
-                tracing::warn!(lease.epoch = lease.lease_epoch, work_item.id = %lease.work_item, "lease lost");
+                tracing::warn!("lease lost");
                 orders.send_replace(Orders::Lost);
                 return;
             }
@@ -66,11 +67,11 @@ async fn beat(pool: PgPool, lease: Lease, lease_s: f64, orders: watch::Sender<Or
             Ok(Err(_)) | Err(_) if failing => {}
             Ok(Err(WriteError::Database(error))) => {
                 failing = true;
-                tracing::warn!(%error, work_item.id = %lease.work_item, "heartbeat failed; the work goes on");
+                tracing::warn!(%error, "heartbeat failed; the work goes on");
             }
             Err(_) => {
                 failing = true;
-                tracing::warn!(work_item.id = %lease.work_item, "heartbeat not answered in time; the work goes on");
+                tracing::warn!("heartbeat not answered in time; the work goes on");
             }
         }
     }

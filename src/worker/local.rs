@@ -44,6 +44,9 @@ pub enum LocalData {
 
 /// Trains to the end, or to a saved state when told to stop. Fails with the trainer's reason.
 pub async fn train(run: LocalRun, shutdown: Shutdown) -> Result<()> {
+    if !run.resume && run.out.join(NodeKind::State.folder()).exists() {
+        bail!("{} holds an earlier run: go on with --resume, or name another folder", run.out.display());
+    }
     std::fs::create_dir_all(&run.out).with_context(|| format!("create {}", run.out.display()))?;
     let data = match run.data {
         LocalData::Tokens(folder) => folder,
@@ -93,7 +96,7 @@ pub async fn train(run: LocalRun, shutdown: Shutdown) -> Result<()> {
             _ => {}
         }
     }
-    let exit = trainer.wait().await;
+    let exit = trainer.end().await;
     bail!("the trainer ended without a reason ({exit:?}); its last lines were:\n{}", trainer.log.tail())
 }
 
@@ -144,7 +147,7 @@ fn print(event: &Event, num_steps: i64) {
         ),
         Event::Eval { step, perplexity, .. } => println!("step {step}: validation perplexity {perplexity:.3}"),
         Event::Node(node) => println!("step {}: {:?} written ({} ms stall)", node.step, node.kind, node.stall_ms),
-        Event::Sample { prompt, text, .. } => println!("--- {prompt}{text}"),
+        Event::Sample { text, .. } => println!("--- {text}"),
         Event::Warning { step, message } => println!("step {step}: warning: {message}"),
         Event::Done { step } => println!("done after step {step}"),
         Event::Stopped { step } => println!("stopped after step {step}; --resume goes on from there"),

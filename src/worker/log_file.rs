@@ -16,6 +16,7 @@ use tokio::{
     sync::oneshot,
 };
 use tokio_util::task::AbortOnDropHandle;
+use tracing::Instrument;
 
 use super::Agent;
 use crate::{
@@ -45,12 +46,13 @@ impl LogFile {
         Ok(Self { path: path.to_owned(), tail, copying: Some(AbortOnDropHandle::new(copying)) })
     }
 
-    /// Returns when the trainer has closed its stderr.
+    /// Returns when everything is in the file that a trainer wrote which has ended. A process of its
+    /// own that lives on may keep stderr open: that is not waited for.
     pub async fn closed(&mut self) {
         if let Some(copying) = self.copying.take()
-            && let Err(error) = copying.await
+            && tokio::time::timeout(Duration::from_secs(1), copying).await.is_err()
         {
-            tracing::warn!(%error, "copying a trainer's log ended early");
+            tracing::warn!("a trainer's stderr stays open after its end");
         }
     }
 
@@ -67,7 +69,11 @@ async fn copy(stderr: ChildStderr, mut file: File, tail: Arc<Mutex<VecDeque<Stri
     loop {
         line.clear();
         match reader.read_until(b'\n', &mut line).await {
-            Ok(0) | Err(_) => return,
+            Ok(0) | Err(_) => {
+                // A failure to write was logged at the write; there is nothing more to do here.
+                let _ = file.flush().await;
+                return;
+            }
             Ok(_) => line.truncate(MAX_LINE_BYTES),
         }
         // NUL has no place in a text column, where the tail may end.
@@ -108,7 +114,7 @@ impl LogShipper {
             path: log.path.clone(),
             stored_bytes: 0,
         };
-        Self { finish, shipping: AbortOnDropHandle::new(tokio::spawn(shipment.run(finished))) }
+        Self { finish, shipping: AbortOnDropHandle::new(tokio::spawn(shipment.run(finished).in_current_span())) }
     }
 
     /// Stores what is new since the last time.
@@ -134,7 +140,7 @@ impl Shipment {
         loop {
             let last = tokio::time::timeout(SHIP_EVERY, &mut finished).await.is_ok();
             if let Err(error) = self.ship().await {
-                tracing::warn!(error = format!("{error:#}"), job.id = %self.job, "could not store the log");
+                tracing::warn!(error = format!("{error:#}"), "could not store the log");
             }
             if last {
                 return;

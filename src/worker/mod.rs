@@ -18,16 +18,22 @@ mod work_dir;
 use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
-use sqlx::PgPool;
+use sqlx::{Connection as _, PgPool};
 
 use crate::{
     config::{AgentConfig, WorkerConfig},
     db::{
         self,
-        leases::{self, Lease, WorkKind},
-        recovery, training, workers,
+        leases::{self, Lease, WorkKind, WriteError},
+        recovery,
+        training::{self, TrainingEnd},
+        workers,
     },
-    domain::{ids::WorkerId, spec::Device},
+    domain::{
+        ids::WorkerId,
+        job::{Failure, FailureKind},
+        spec::Device,
+    },
     shutdown::Shutdown,
     storage::Store,
 };
@@ -67,7 +73,7 @@ pub async fn run(config: AgentConfig, pool: PgPool, store: Store, shutdown: Shut
         lane(&agent, WorkKind::Train, &shutdown),
         lane(&agent, WorkKind::Ingest, &shutdown),
         shutdown.run_until(stay_seen(&agent)),
-        shutdown.run_until(requeue_expired(&agent.pool, &agent.config)),
+        shutdown.run_until(take_back_expired(&agent.pool, agent.config.lease_s)),
     );
     workers::mark_gone(&agent.pool, &agent.id).await.context("sign the worker off")?;
     tracing::info!(worker.id = %agent.id, "worker stopped");
@@ -95,9 +101,23 @@ async fn lane(agent: &Arc<Agent>, kind: WorkKind, shutdown: &Shutdown) {
 async fn train_next(agent: &Agent, shutdown: &Shutdown) -> Result<bool> {
     let mut tx = agent.pool.begin().await?;
     let Some(lease) = agent.claim(&mut tx, WorkKind::Train).await? else { return Ok(false) };
-    let training = training::begin_attempt(&mut tx, &lease).await.context("begin the attempt")?;
-    tx.commit().await?;
-    train::run(agent, &lease, training, shutdown).await;
+    let mut begin = tx.begin().await?;
+    match training::begin_attempt(&mut begin, &lease).await {
+        Ok(training) => {
+            begin.commit().await?;
+            tx.commit().await?;
+            train::run(agent, &lease, training, shutdown).await;
+        }
+        // A job that cannot be read must not stand at the head of the queue for ever.
+        Err(WriteError::Database(error @ (sqlx::Error::ColumnDecode { .. } | sqlx::Error::RowNotFound))) => {
+            begin.rollback().await?;
+            tx.commit().await?;
+            let message = format!("the stored job cannot be read: {error}");
+            let end = TrainingEnd::Failed(Failure::new(FailureKind::Internal, message));
+            training::finish(&agent.pool, &lease, &end).await.context("settle a job that cannot be read")?;
+        }
+        Err(error) => return Err(error).context("begin the attempt"),
+    }
     Ok(true)
 }
 
@@ -128,14 +148,17 @@ async fn stay_seen(agent: &Agent) {
     }
 }
 
-/// Takes back the work of workers that have gone silent.
-async fn requeue_expired(pool: &PgPool, config: &AgentConfig) {
+/// Takes back the work of workers that have gone silent, again and again.
+pub async fn take_back_expired(pool: &PgPool, lease_s: u64) {
     loop {
-        tokio::time::sleep(Duration::from_secs_f64((config.lease_s as f64 / 10.0).max(0.3))).await;
+        tokio::time::sleep(Duration::from_secs_f64((lease_s as f64 / 10.0).max(0.3))).await;
         match recovery::requeue_expired(pool).await {
-            Ok(0) => {}
-            Ok(num_items) => tracing::warn!(num_items, "took back work whose lease ran out"),
-            Err(error) => tracing::warn!(%error, "could not look for leases that ran out"),
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(%error, "could not look for leases that ran out");
+                // Nobody could renew a lease while the database was away: everybody gets time for it.
+                tokio::time::sleep(Duration::from_secs(lease_s)).await;
+            }
         }
     }
 }

@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use serde_json::json;
 use sqlx::PgPool;
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 
 use super::retry::until_written;
 use crate::{
@@ -28,9 +31,23 @@ const STEPS_EVERY: Duration = Duration::from_millis(500);
 pub enum Report {
     Ready(Fingerprint),
     Step(StepReport),
-    Eval { step: i64, loss: f64, perplexity: f64, num_tokens: i64 },
-    Sample { step: i64, prompt: String, text: String },
-    Warning { step: i64, message: String },
+    Eval {
+        step: i64,
+        loss: f64,
+        perplexity: f64,
+        num_tokens: i64,
+    },
+    Sample {
+        step: i64,
+        prompt: String,
+        text: String,
+    },
+    Warning {
+        step: i64,
+        message: String,
+    },
+    /// To be answered when everything before it is written.
+    Barrier(oneshot::Sender<()>),
 }
 
 pub struct Reporter {
@@ -75,6 +92,11 @@ impl Reporter {
     async fn write(&self, report: Report) -> Result<(), WriteError> {
         let (kind, message, data, metrics) = match report {
             Report::Step(_) => return Ok(()),
+            Report::Barrier(written) => {
+                // Nobody waits any more if the node is no longer wanted.
+                let _ = written.send(());
+                return Ok(());
+            }
             Report::Ready(fingerprint) => {
                 let write = || training::mark_running(&self.pool, &self.lease, &self.job, &fingerprint);
                 return until_written("start", write).await;

@@ -1,13 +1,18 @@
 //! One attempt on a training job, from the staged files to the settled job.
 
-use std::time::Duration;
+use std::{
+    pin::{Pin, pin},
+    time::Duration,
+};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use tokio::{
-    sync::mpsc,
+    sync::{mpsc, oneshot, watch},
+    task::JoinError,
     time::{Instant, sleep_until},
 };
 use tokio_util::task::AbortOnDropHandle;
+use tracing::Instrument;
 
 use super::{
     Agent,
@@ -17,7 +22,7 @@ use super::{
     retry::until_written,
     staging::{self, Staged},
     trainer::{Exit, Trainer, TrainerArgs},
-    uploader::Uploader,
+    uploader::{FinishedNode, Uploader},
 };
 use crate::{
     db::{
@@ -25,16 +30,23 @@ use crate::{
         training::{self, Training, TrainingEnd},
     },
     domain::{
-        contract::{Command, Event, NodeReport},
+        contract::{Command, Event},
         job::{Failure, FailureKind},
     },
     shutdown::Shutdown,
 };
 
+/// What files are given to be stored when a stop has used up its time on the trainer.
+const LEAST_STORING: Duration = Duration::from_secs(5);
+
 /// Runs the attempt and settles the job. A lost lease ends everything at once and writes nothing.
 pub async fn run(agent: &Agent, lease: &Lease, training: Training, shutdown: &Shutdown) {
-    let (job, start_step) = (training.job.clone(), training.resume.as_ref().map_or(0, |resume| resume.step));
-    tracing::info!(job.id = %job, lease.epoch = lease.lease_epoch, start_step, "job claimed");
+    let span = tracing::info_span!("attempt", job.id = %training.job, lease.epoch = lease.lease_epoch);
+    run_within(agent, lease, training, shutdown).instrument(span).await;
+}
+
+async fn run_within(agent: &Agent, lease: &Lease, training: Training, shutdown: &Shutdown) {
+    tracing::info!(start_step = training.resume.as_ref().map_or(0, |resume| resume.step), "job claimed");
     let keeper = LeaseKeeper::start(agent.pool.clone(), lease.clone(), agent.config.lease_s);
     let work = async {
         let end = attempt(agent, lease, training, &keeper, shutdown).await;
@@ -43,17 +55,17 @@ pub async fn run(agent: &Agent, lease: &Lease, training: Training, shutdown: &Sh
     let outcome = tokio::select! {
         outcome = work => outcome,
         () = keeper.lost() => {
-            tracing::warn!(job.id = %job, lease.epoch = lease.lease_epoch, "lease lost; trainer killed");
+            tracing::warn!("lease lost; trainer killed");
             return;
         }
     };
     match outcome {
         Ok(TrainingEnd::Failed(failure)) => tracing::warn!(
-            job.id = %job, lease.epoch = lease.lease_epoch, kind = ?failure.kind, failure.message, "attempt failed"
+            kind = ?failure.kind, failure.message, "attempt failed"
         ),
-        Ok(end) => tracing::info!(job.id = %job, lease.epoch = lease.lease_epoch, ?end, "attempt ended"),
+        Ok(end) => tracing::info!(?end, "attempt ended"),
         Err(error) => {
-            tracing::error!(job.id = %job, lease.epoch = lease.lease_epoch, %error, "could not settle the job")
+            tracing::error!(%error, "could not settle the job")
         }
     }
 }
@@ -87,7 +99,7 @@ async fn attempt(
         Ok(trainer) => trainer,
         Err(error) => return failed(FailureKind::Infrastructure, format!("{error:#}")),
     };
-    tracing::info!(job.id = %training.job, lease.epoch = lease.lease_epoch, trainer.pid = trainer.pid(), "trainer started");
+    tracing::info!(trainer.pid = trainer.pid(), "trainer started");
     Run::new(agent, lease, training, staged, trainer).supervise(keeper, shutdown).await
 }
 
@@ -95,7 +107,7 @@ fn failed(kind: FailureKind, message: impl Into<String>) -> TrainingEnd {
     TrainingEnd::Failed(Failure::new(kind, message))
 }
 
-/// Why the trainer was asked to stop.
+/// Why the attempt was asked to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum StopReason {
     Cancelled,
@@ -103,24 +115,59 @@ enum StopReason {
     TimedOut,
 }
 
+/// A wish to stop, and until when the trainer and its files may take for that.
+#[derive(Debug, Clone, Copy)]
+struct Stop {
+    reason: StopReason,
+    deadline: Instant,
+}
+
+/// Returns when the attempt is to stop, for whatever reason comes first.
+async fn stop_wish(mut orders: watch::Receiver<Orders>, shutdown: Shutdown, left_s: Option<f64>) -> StopReason {
+    let cancelled = async {
+        // Without a heartbeat the lease is lost, which ends the attempt from outside.
+        if orders.wait_for(|orders| *orders == Orders::Held(Desired::Cancel)).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    };
+    let timed_out = async {
+        match left_s {
+            Some(left_s) => tokio::time::sleep(Duration::from_secs_f64(left_s)).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        () = cancelled => StopReason::Cancelled,
+        () = shutdown.wait() => StopReason::Released,
+        () = timed_out => StopReason::TimedOut,
+    }
+}
+
+/// Returns at the deadline of a stop; never without one.
+async fn overdue(stop: Option<Stop>) {
+    match stop {
+        Some(stop) => sleep_until(stop.deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// A running trainer and the tasks that carry its results away.
 struct Run<'a> {
     agent: &'a Agent,
-    lease: &'a Lease,
     training: Training,
     trainer: Trainer,
     reports: Option<mpsc::UnboundedSender<Report>>,
-    nodes: Option<mpsc::UnboundedSender<NodeReport>>,
+    nodes: Option<mpsc::UnboundedSender<FinishedNode>>,
     reporting: AbortOnDropHandle<Result<()>>,
     uploading: AbortOnDropHandle<Result<()>>,
     log_shipper: LogShipper,
-    stop_reason: Option<StopReason>,
+    stop: Option<Stop>,
     last_event: Option<Event>,
     oom_kills_before: Option<u64>,
 }
 
 impl<'a> Run<'a> {
-    fn new(agent: &'a Agent, lease: &'a Lease, training: Training, staged: Staged, trainer: Trainer) -> Self {
+    fn new(agent: &'a Agent, lease: &Lease, training: Training, staged: Staged, trainer: Trainer) -> Self {
         let (reports, reported) = mpsc::unbounded_channel();
         let (nodes, finished_nodes) = mpsc::unbounded_channel();
         let reporter = Reporter { pool: agent.pool.clone(), lease: lease.clone(), job: training.job.clone() };
@@ -133,19 +180,18 @@ impl<'a> Run<'a> {
             out: staged.out,
             stored: staged.stored,
         };
-        let reporting = tokio::spawn(async { Ok(reporter.run(reported).await?) });
+        let reporting = tokio::spawn(async { Ok(reporter.run(reported).await?) }.in_current_span());
         let log_shipper = LogShipper::start(agent, lease, &training.job, &trainer.log);
         Self {
             reports: Some(reports),
             nodes: Some(nodes),
             reporting: AbortOnDropHandle::new(reporting),
-            uploading: AbortOnDropHandle::new(tokio::spawn(uploader.run(finished_nodes))),
-            stop_reason: None,
+            uploading: AbortOnDropHandle::new(tokio::spawn(uploader.run(finished_nodes).in_current_span())),
+            log_shipper,
+            stop: None,
             last_event: None,
             oom_kills_before: oom_kills(),
-            log_shipper,
             agent,
-            lease,
             training,
             trainer,
         }
@@ -153,55 +199,32 @@ impl<'a> Run<'a> {
 
     /// Follows the trainer to its end, then waits until everything that it made is stored.
     async fn supervise(mut self, keeper: &LeaseKeeper, shutdown: &Shutdown) -> TrainingEnd {
-        let mut orders = keeper.orders();
-        let far = Instant::now() + Duration::from_secs(100 * 365 * 86_400);
         let left_s = self.training.spec.max_runtime_s.map(|max_s| (max_s as f64 - self.training.runtime_s).max(0.0));
-        let mut times_out = left_s.map_or(far, |left_s| Instant::now() + Duration::from_secs_f64(left_s));
-        let mut kill_at = far;
-        let grace = Duration::from_secs(self.agent.config.stop_grace_s);
-        loop {
-            let asked_before = self.stop_reason.is_some();
+        let mut wish = pin!(stop_wish(keeper.orders(), shutdown.clone(), left_s));
+        let broken = loop {
             tokio::select! {
                 event = self.trainer.next_event() => match event {
                     Ok(Some(event)) => self.take(event),
-                    Ok(None) => break,
-                    Err(error) => {
-                        self.trainer.kill().await;
-                        return self.with_log(failed(FailureKind::Internal, format!("{error:#}"))).await;
-                    }
+                    Ok(None) => break None,
+                    Err(error) => break Some(error),
                 },
-                Ok(()) = orders.changed() => {
-                    if *orders.borrow_and_update() == Orders::Held(Desired::Cancel) {
-                        self.stop(StopReason::Cancelled).await;
-                    }
+                reason = &mut wish, if self.stop.is_none() => self.ask_to_stop(reason).await,
+                () = overdue(self.stop) => {
+                    tracing::warn!("trainer did not stop in time; killed");
+                    break None;
                 }
-                () = shutdown.wait(), if self.stop_reason.is_none() => self.stop(StopReason::Released).await,
-                () = sleep_until(times_out) => {
-                    times_out = far;
-                    self.stop(StopReason::TimedOut).await;
-                }
-                () = sleep_until(kill_at) => {
-                    tracing::warn!(job.id = %self.training.job, "trainer did not stop in time; killed");
-                    self.trainer.kill().await;
-                    break;
-                }
-                ended = &mut self.uploading => {
-                    // Before the trainer's end it ends only because the database refused a node.
-                    self.trainer.kill().await;
-                    let error = ended.map_err(Into::into).and_then(|ended| ended).err();
-                    let why = error.map_or_else(String::new, |error| format!("{error:#}"));
-                    return self.with_log(failed(FailureKind::Internal, format!("could not store a node: {why}"))).await;
-                }
+                // While the trainer lives these end only because the database refused something.
+                ended = &mut self.reporting => break Some(cause(ended, "write reports")),
+                ended = &mut self.uploading => break Some(cause(ended, "store nodes")),
             }
-            if !asked_before && self.stop_reason.is_some() {
-                kill_at = Instant::now() + grace;
-            }
-        }
-        let exit = self.trainer.wait().await;
-        let carried_away = self.carry_away(kill_at.max(Instant::now() + Duration::from_secs(5))).await;
-        let end = match carried_away {
-            Ok(()) => self.end(exit),
-            Err(error) => failed(FailureKind::Storage, format!("could not store the results: {error:#}")),
+        };
+        let exit = self.trainer.end().await;
+        let end = match broken {
+            Some(error) => failed(FailureKind::Internal, format!("{error:#}")),
+            None => match self.carry_away(wish).await {
+                Ok(everything_stored) => self.end(exit, everything_stored),
+                Err(error) => failed(FailureKind::Storage, format!("could not store the results: {error:#}")),
+            },
         };
         self.with_log(end).await
     }
@@ -213,10 +236,11 @@ impl<'a> Run<'a> {
             Event::Eval { step, loss, perplexity, num_tokens } => Report::Eval { step, loss, perplexity, num_tokens },
             Event::Sample { step, prompt, text } => Report::Sample { step, prompt, text },
             Event::Warning { step, message } => Report::Warning { step, message },
-            Event::Node(node) => {
-                // The uploader ends early only with an error, which `carry_away` returns.
-                let _ = self.nodes.as_ref().map(|nodes| nodes.send(node));
-                return;
+            Event::Node(report) => {
+                let (written, reported) = oneshot::channel();
+                // Whoever has ended early has failed, which ends the attempt.
+                let _ = self.nodes.as_ref().map(|nodes| nodes.send(FinishedNode { report, reported }));
+                Report::Barrier(written)
             }
             Event::Done { .. } | Event::Stopped { .. } | Event::Failed { .. } => {
                 self.last_event = Some(event);
@@ -226,32 +250,37 @@ impl<'a> Run<'a> {
         let _ = self.reports.as_ref().map(|reports| reports.send(report));
     }
 
-    async fn stop(&mut self, reason: StopReason) {
-        tracing::info!(job.id = %self.training.job, lease.epoch = self.lease.lease_epoch, ?reason, "stopping the trainer");
-        self.stop_reason.get_or_insert(reason);
+    async fn ask_to_stop(&mut self, reason: StopReason) {
+        tracing::info!(?reason, "stopping the trainer");
+        self.stop = Some(self.begin_stop(reason));
         self.trainer.send(Command::Stop).await;
     }
 
-    /// Waits until everything is stored; until `deadline` if the attempt was asked to stop.
-    async fn carry_away(&mut self, deadline: Instant) -> Result<()> {
-        (self.reports, self.nodes) = (None, None);
-        let (reporting, uploading) = (&mut self.reporting, &mut self.uploading);
-        let stored = async {
-            reporting.await.context("write reports")??;
-            uploading.await.context("upload files")?
-        };
-        if self.stop_reason.is_none() {
-            return stored.await;
-        }
-        tokio::time::timeout_at(deadline, stored).await.unwrap_or_else(|_| {
-            tracing::warn!(job.id = %self.training.job, "stopped before everything was stored");
-            Ok(())
-        })
+    fn begin_stop(&self, reason: StopReason) -> Stop {
+        Stop { reason, deadline: Instant::now() + Duration::from_secs(self.agent.config.stop_grace_s) }
     }
 
-    fn end(&self, exit: Exit) -> TrainingEnd {
-        match (&self.last_event, self.stop_reason) {
-            (Some(Event::Done { .. }), _) => TrainingEnd::Succeeded,
+    /// Waits until everything is stored, or until a stop can wait no longer. Returns whether it is.
+    async fn carry_away(&mut self, mut wish: Pin<&mut impl Future<Output = StopReason>>) -> Result<bool> {
+        (self.reports, self.nodes) = (None, None);
+        if let Some(stop) = &mut self.stop {
+            stop.deadline = stop.deadline.max(Instant::now() + LEAST_STORING);
+        }
+        loop {
+            tokio::select! {
+                stored = all_stored(&mut self.reporting, &mut self.uploading) => return stored.map(|()| true),
+                reason = &mut wish, if self.stop.is_none() => self.stop = Some(self.begin_stop(reason)),
+                () = overdue(self.stop) => {
+                    tracing::warn!("stopped before everything was stored");
+                    return Ok(false);
+                }
+            }
+        }
+    }
+
+    fn end(&self, exit: Exit, everything_stored: bool) -> TrainingEnd {
+        match (&self.last_event, self.stop.map(|stop| stop.reason)) {
+            (Some(Event::Done { .. }), _) if everything_stored => TrainingEnd::Succeeded,
             (Some(Event::Failed { kind, message }), _) => failed(*kind, message),
             (_, Some(StopReason::Cancelled)) => TrainingEnd::Cancelled,
             (_, Some(StopReason::Released)) => TrainingEnd::Released,
@@ -290,6 +319,26 @@ impl<'a> Run<'a> {
         }
         self.log_shipper.finish().await;
         end
+    }
+}
+
+/// Waits for both, and may be dropped and called again as long as neither has ended.
+async fn all_stored(
+    reporting: &mut AbortOnDropHandle<Result<()>>,
+    uploading: &mut AbortOnDropHandle<Result<()>>,
+) -> Result<()> {
+    if !reporting.is_finished() {
+        reporting.await.context("write reports")??;
+    }
+    uploading.await.context("store nodes")?
+}
+
+/// Why a task ended that should not have.
+fn cause(ended: Result<Result<()>, JoinError>, what: &'static str) -> anyhow::Error {
+    match ended {
+        Ok(Err(error)) => error.context(what),
+        Ok(Ok(())) => anyhow!("{what}: ended early"),
+        Err(error) => anyhow!(error).context(what),
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{
     path::{Path, PathBuf},
     process::Stdio,
+    time::Duration,
 };
 
 use anyhow::{Context, Result, bail};
@@ -81,17 +82,19 @@ impl Trainer {
         }
     }
 
-    pub async fn kill(&mut self) {
-        if let Err(error) = self.child.start_kill() {
+    /// Waits for the process to end, kills it if it does not, and says how it ended.
+    pub async fn end(&mut self) -> Exit {
+        use std::os::unix::process::ExitStatusExt;
+        // Its events are over, or no longer wanted: what is left is to exit.
+        self.stdin = None;
+        if tokio::time::timeout(TIME_TO_EXIT, self.child.wait()).await.is_err()
+            && let Err(error) = self.child.start_kill()
+        {
             tracing::warn!(%error, "could not kill the trainer");
         }
-    }
-
-    /// Waits for the process to end and says how, in words if it did not end by itself.
-    pub async fn wait(&mut self) -> Exit {
-        use std::os::unix::process::ExitStatusExt;
+        let status = self.child.wait().await;
         self.log.closed().await;
-        match self.child.wait().await {
+        match status {
             Ok(status) => match status.signal() {
                 Some(signal) => Exit::Signal(signal),
                 None => Exit::Code(status.code().unwrap_or(-1)),
@@ -103,6 +106,9 @@ impl Trainer {
         }
     }
 }
+
+/// From the last event, or the end of its stdin, to the end of the process.
+const TIME_TO_EXIT: Duration = Duration::from_secs(5);
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

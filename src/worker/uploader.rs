@@ -6,7 +6,7 @@ use std::{collections::HashMap, path::PathBuf};
 use anyhow::{Context, Result};
 use serde_json::json;
 use sqlx::PgPool;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::retry::{Backoff, until_written};
 use crate::{
@@ -19,11 +19,19 @@ use crate::{
         ids::{JobId, ProjectId},
         lineage::{self, MANIFEST_FILE, NodeKind},
     },
-    storage::{Key, Store},
+    storage::{Key, StorageError, Store},
 };
 
 /// States of a job that are kept in the store.
 const STATES_KEPT: i64 = 2;
+
+/// A node that is complete on disk.
+#[derive(Debug)]
+pub struct FinishedNode {
+    pub report: NodeReport,
+    /// Resolves when everything is in the database that the trainer reported before the node.
+    pub reported: oneshot::Receiver<()>,
+}
 
 /// What an attempt's uploads need to know.
 #[derive(Debug)]
@@ -43,30 +51,38 @@ pub struct Uploader {
 impl Uploader {
     /// Uploads and commits until the channel is closed. Fails only if the lease is lost or the
     /// database refuses; a store that does not answer is asked again.
-    pub async fn run(mut self, mut nodes: mpsc::UnboundedReceiver<NodeReport>) -> Result<()> {
-        while let Some(report) = nodes.recv().await {
-            let context = || format!("store the {:?} after step {}", report.kind, report.step);
-            self.publish(&report).await.with_context(context)?;
+    pub async fn run(mut self, mut nodes: mpsc::UnboundedReceiver<FinishedNode>) -> Result<()> {
+        while let Some(mut node) = nodes.recv().await {
+            let (kind, step) = (node.report.kind, node.report.step);
+            self.publish(&mut node).await.with_context(|| format!("store the {kind:?} after step {step}"))?;
+            let report = node.report;
             tracing::info!(
-                job.id = %self.job, lease.epoch = self.lease.lease_epoch, kind = ?report.kind, step = report.step,
+                kind = ?report.kind, step = report.step,
                 stall_ms = report.stall_ms, "stored"
             );
         }
         Ok(())
     }
 
-    async fn publish(&mut self, report: &NodeReport) -> Result<()> {
+    async fn publish(&mut self, FinishedNode { report, reported }: &mut FinishedNode) -> Result<()> {
         let mut files = Vec::with_capacity(report.files.len() + 1);
         for file in &report.files {
             files.push(self.upload(file).await?);
         }
         files.push(self.upload_manifest(report, &files).await?);
+        if report.kind == NodeKind::State {
+            // Whoever goes on from a state does not repeat what was reported before it. A reporter that
+            // has ended has failed, which ends the attempt.
+            let _ = reported.await;
+        }
+        let report = &*report;
         until_written("commit a node", || {
             nodes::commit(&self.pool, &self.lease, &self.project, &self.job, report, &files)
         })
         .await?;
         self.remove_local(report).await;
         if report.kind == NodeKind::State {
+            self.remove_old_frozen(report).await;
             self.drop_old_states().await?;
         }
         Ok(())
@@ -82,8 +98,10 @@ impl Uploader {
         let uploaded = loop {
             match self.store.upload_file(&key, &path).await {
                 Ok(uploaded) => break uploaded,
+                // What was written here is gone or has an impossible name: asking again cannot help.
+                Err(error @ (StorageError::Local { .. } | StorageError::InvalidKey { .. })) => return Err(error.into()),
                 Err(error) => {
-                    tracing::warn!(%error, job.id = %self.job, file = file.path, "upload failed; trying again");
+                    tracing::warn!(%error, file = file.path, "upload failed; trying again");
                     backoff.wait().await;
                 }
             }
@@ -129,6 +147,15 @@ impl Uploader {
         }
     }
 
+    /// Frozen weights of earlier cycles are named by no state to come.
+    async fn remove_old_frozen(&self, report: &NodeReport) {
+        let is_old = |path: &&String| lineage::is_frozen(path) && !report.files.iter().any(|file| file.path == **path);
+        for path in self.stored.keys().filter(is_old) {
+            // Removed already where an earlier state did it.
+            let _ = tokio::fs::remove_file(self.out.join(path)).await;
+        }
+    }
+
     async fn drop_old_states(&mut self) -> Result<()> {
         let unnamed = until_written("drop old states", || {
             nodes::drop_old_states(&self.pool, &self.lease, &self.job, STATES_KEPT)
@@ -137,7 +164,7 @@ impl Uploader {
         self.stored.retain(|_, file| !unnamed.contains(&file.object_key));
         let keys: Vec<_> = unnamed.into_iter().map(Key::from).collect();
         if let Err(error) = self.store.delete(&keys).await {
-            tracing::warn!(%error, job.id = %self.job, "could not delete old states; their objects are left behind");
+            tracing::warn!(%error, "could not delete old states; their objects are left behind");
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ mod datasets;
 mod events;
 mod health;
 mod jobs;
+mod layers;
 mod lineage;
 mod metrics;
 mod openapi;

@@ -19,9 +19,10 @@ fn the_committed_document_is_in_step_with_the_code() {
 }
 
 #[sqlx::test]
-async fn the_document_is_served_without_a_key(pool: PgPool) {
+async fn the_document_is_served_to_whoever_has_a_key(pool: PgPool) {
     let app = TestApp::start(pool).await;
-    assert_eq!(send(app.anonymous(Method::GET, "/openapi.json")).await.json(), document());
+    assert_eq!(app.get("/openapi.json").await.json(), document());
+    assert_eq!(send(app.anonymous(Method::GET, "/openapi.json")).await.status, 401);
 }
 
 #[test]
@@ -45,7 +46,7 @@ fn every_operation_has_a_name_of_its_own_a_tag_and_its_errors() {
             }
         }
     }
-    assert_eq!(names.len(), 32, "{names:?}");
+    assert_eq!(names.len(), 33, "{names:?}");
 }
 
 #[test]

@@ -76,9 +76,9 @@ def write_data(folder):
 
 
 class Run:
-    """A trainer process. Commands are sent when a step is reported."""
+    """A trainer process. A command is sent, or its stdin closed, when one of the steps is reported."""
 
-    def __init__(self, spec, data, folder, resume=None, at_step=None, send=None):
+    def __init__(self, spec, data, folder, resume=None, at_steps=(), send=None):
         folder.mkdir(exist_ok=True)
         self.out = folder / "out"
         (folder / "spec.json").write_text(json.dumps(spec))
@@ -91,7 +91,7 @@ class Run:
         for line in process.stdout:
             event = json.loads(line)
             self.events.append(event)
-            if event["event"] == "step" and event["step"] == at_step:
+            if event["event"] == "step" and event["step"] in at_steps:
                 process.stdin.close() if send is None else process.stdin.write(send + "\n")
                 if send:
                     process.stdin.flush()
@@ -143,6 +143,18 @@ def test_transformers_computes_the_loss_that_the_trainer_reported(run, data):
         assert evals[step]["num_tokens"] == rows.shape[0] * (SEQUENCE_LENGTH - 1)
 
 
+def test_transformers_computes_the_logits_of_the_trainer(run, tmp_path):
+    checkpoint = run.out / "checkpoints" / str(NUM_STEPS)
+    rows = torch.arange(4 * SEQUENCE_LENGTH).view(4, SEQUENCE_LENGTH) * 7 % VOCAB_SIZE
+    command = [os.environ["RELORA_TRAINER"], "--logits", checkpoint, tmp_path / "logits.safetensors"]
+    subprocess.run(command, input=json.dumps(rows.tolist()), text=True, check=True)
+    logits = load_file(tmp_path / "logits.safetensors")["logits"]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(checkpoint)(rows).logits
+    assert expected.abs().max() > 1, "the logits are all alike, so the comparison says little"
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
 def test_peft_applies_the_deltas_in_order_and_arrives_at_every_checkpoint(run):
     model = AutoModelForCausalLM.from_pretrained(run.out / "base" / "10")
     assert [event["restart"] for event in run.of("node") if event["kind"] == "restart"] == [1, 2, 3]
@@ -165,7 +177,7 @@ def test_a_prompt_is_continued(run):
 
 @pytest.mark.parametrize("send", [None, '{"command":"stop"}'], ids=["end of stdin", "stop"])
 def test_a_stopped_run_goes_on_to_the_same_bits(run, data, tmp_path, send):
-    first = Run(spec_of(run.model), data, tmp_path, at_step=19, send=send)
+    first = Run(spec_of(run.model), data, tmp_path, at_steps=[19], send=send)
     assert first.exit_code == 0, first.log
     stopped = first.events[-1]
     assert stopped["event"] == "stopped" and 19 <= stopped["step"] < NUM_STEPS
@@ -177,8 +189,19 @@ def test_a_stopped_run_goes_on_to_the_same_bits(run, data, tmp_path, send):
     assert (rest.out / path).read_bytes() == (run.out / path).read_bytes()
 
 
+def test_a_run_that_goes_on_from_its_warm_start_stores_the_frozen_weights(data, tmp_path):
+    first = Run(spec_of({}), data, tmp_path, at_steps=[5], send='{"command":"stop"}')
+    step = first.events[-1]["step"]
+    assert step < 10, "the warm start was over before the stop arrived"
+    rest = Run(spec_of({}), data, tmp_path, resume=first.out / "states" / str(step), at_steps=[12], send='{"command":"save_state"}')
+    (state,) = [event for event in rest.of("node") if event["kind"] == "state"]
+    paths = [file["path"] for file in state["files"]]
+    assert "frozen/0/frozen.safetensors" in paths
+    assert all((rest.out / path).is_file() for path in paths)
+
+
 def test_save_state_names_the_frozen_weights_of_the_cycle_in_every_state(data, tmp_path):
-    run = Run(spec_of({}), data, tmp_path, at_step=12, send='{"command":"save_state"}\n{"command":"save_state"}')
+    run = Run(spec_of({}), data, tmp_path, at_steps=[12, 15], send='{"command":"save_state"}')
     assert run.exit_code == 0, run.log
     states = [event for event in run.of("node") if event["kind"] == "state"]
     assert len(states) == 2

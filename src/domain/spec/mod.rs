@@ -3,6 +3,7 @@
 //!
 //! Holding a [`TrainSpec`] is the proof that it was checked: nothing below re-checks or fills in.
 
+mod check;
 mod normalise;
 mod presets;
 mod request;
