@@ -131,16 +131,12 @@ def test_the_loss_curve_and_the_final_weights_equal_those_of_the_reference(run, 
 
 
 def test_transformers_computes_the_loss_that_the_trainer_reported(run, data):
-    tokens = np.fromfile(data / "valid.bin", dtype="<u2").astype(np.int64)
-    rows = torch.from_numpy(tokens[: len(tokens) // SEQUENCE_LENGTH * SEQUENCE_LENGTH]).view(-1, SEQUENCE_LENGTH)
     evals = {event["step"]: event for event in run.of("eval")}
     assert sorted(evals) == [0, 10, 20, 40]
     for step in [10, 20, 40]:
-        model = AutoModelForCausalLM.from_pretrained(run.out / "checkpoints" / str(step))
-        with torch.no_grad():
-            loss = model(rows, labels=rows).loss.item()
+        loss = validation_loss(run.out / "checkpoints" / str(step), data)
         assert abs(loss - evals[step]["loss"]) < 1e-4
-        assert evals[step]["num_tokens"] == rows.shape[0] * (SEQUENCE_LENGTH - 1)
+        assert evals[step]["num_tokens"] == 600 // SEQUENCE_LENGTH * (SEQUENCE_LENGTH - 1)
 
 
 def test_transformers_computes_the_logits_of_the_trainer(run, tmp_path):
@@ -167,6 +163,34 @@ def test_peft_applies_the_deltas_in_order_and_arrives_at_every_checkpoint(run):
         tokens = torch.arange(SEQUENCE_LENGTH)[None]
         with torch.no_grad():
             torch.testing.assert_close(model(tokens).logits, checkpoint(tokens).logits, rtol=0, atol=1e-4)
+
+
+def validation_loss(checkpoint, data):
+    tokens = np.fromfile(data / "valid.bin", dtype="<u2").astype(np.int64)
+    rows = torch.from_numpy(tokens[: len(tokens) // SEQUENCE_LENGTH * SEQUENCE_LENGTH]).view(-1, SEQUENCE_LENGTH)
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(checkpoint)(rows, labels=rows).loss.item()
+
+
+def test_bf16_computes_with_what_its_restarts_merged(data, tmp_path):
+    spec = spec_of({}) | {"precision": "bf16", "eval": SPEC["eval"] | {"every_steps": 10}}
+    run = Run(spec, data, tmp_path)
+    assert run.exit_code == 0, run.log
+    evals = {event["step"]: event["loss"] for event in run.of("eval")}
+    for step in [20, 30, 40]:
+        exact = validation_loss(run.out / "checkpoints" / str(step), data)
+        assert abs(evals[step] - exact) < 0.02, f"after step {step}: {evals[step]} in bf16, {exact} in fp32"
+    assert evals[20] - evals[40] > 0.1, "the restarts moved nothing, so the comparison says little"
+
+
+def test_dropout_reaches_the_low_rank_phase_and_it_alone(run, data, tmp_path):
+    spec = spec_of(run.model)
+    spec["method"]["dropout"] = 0.5
+    dropped = [event["loss"] for event in Run(spec, data, tmp_path).of("step")]
+    losses = [event["loss"] for event in run.of("step")]
+    # B is zero in the first update after the wrap, whatever its input is.
+    assert dropped[:11] == losses[:11]
+    assert all(a != b for a, b in zip(dropped[12:], losses[12:]))
 
 
 def test_a_prompt_is_continued(run):
