@@ -12,10 +12,10 @@ use relora::domain;
 fn main() -> ExitCode {
     // Without a reader of its log the trainer still has a state to save: a failed write must not panic.
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).log_internal_errors(false).init();
-    let arguments: Vec<_> = std::env::args().skip(1).collect();
-    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["--probe"] => train::probe(),
-        ["--logits", checkpoint, out] => train::write_logits(checkpoint.as_ref(), out.as_ref()),
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    match &arguments[..] {
+        [flag] if flag == "--probe" => train::probe(),
+        [flag, checkpoint, out] if flag == "--logits" => train::write_logits(checkpoint.as_ref(), out.as_ref()),
         _ => train::run(&train::Args::parse()),
     }
 }

@@ -184,13 +184,16 @@ pub async fn find_for_job(
         DataFacts,
         r#"
         -- db::tokenizations::find_for_job
-        select dataset_id as "dataset: DatasetId", id as "tokenization: TokenizationId",
-            vocab_size, train_tokens, valid_tokens
-        from tokenizations
-        where project_id = $1 and dataset_id = $2 and state <> 'failed' and ($3::text is null or id = $3)
-        order by id desc
+        select t.dataset_id as "dataset: DatasetId", t.id as "tokenization: TokenizationId", t.vocab_size,
+            -- Until it is ready: a token for each byte and one for the end of each document, at the most.
+            coalesce(t.train_tokens, d.size_bytes + d.num_documents) as "max_train_tokens!",
+            coalesce(t.valid_tokens, d.size_bytes + d.num_documents) as "max_valid_tokens!"
+        from tokenizations t
+        join datasets d on d.id = t.dataset_id
+        where t.project_id = $1 and t.dataset_id = $2 and t.state <> 'failed' and ($3::text is null or t.id = $3)
+        order by t.id desc
         limit 1
-        for share
+        for share of t
         "#,
         project.as_str(),
         dataset.as_str(),

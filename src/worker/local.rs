@@ -112,8 +112,8 @@ fn read_spec(path: &Path, data: &Path, max_gpus: i64) -> Result<TrainSpec> {
         dataset: DatasetId::from("local".to_owned()),
         tokenization: TokenizationId::from("local".to_owned()),
         vocab_size: meta.vocab_size,
-        train_tokens: Some(meta.train_tokens),
-        valid_tokens: Some(meta.valid_tokens),
+        max_train_tokens: meta.train_tokens,
+        max_valid_tokens: meta.valid_tokens,
     };
     let (request, mut problems) = TrainSpecRequest::parse(json);
     match request.normalise(Some(&facts), SpecLimits { max_gpus }) {

@@ -54,8 +54,8 @@ async fn job(pool: &PgPool, name: &str, priority: i64) -> JobId {
         dataset: "d".to_owned().into(),
         tokenization: "t".to_owned().into(),
         vocab_size: 300,
-        train_tokens: None,
-        valid_tokens: None,
+        max_train_tokens: 1_000,
+        max_valid_tokens: 100,
     };
     let (spec, _) = request.normalise(Some(&facts), SpecLimits { max_gpus: 1 }).unwrap();
     sqlx::query("insert into work_items (id, project_id, kind, priority) values ($1, 'p', 'train', $2)")

@@ -21,9 +21,10 @@ pub struct DataFacts {
     pub dataset: DatasetId,
     pub tokenization: TokenizationId,
     pub vocab_size: i64,
-    /// Unknown until the dataset is tokenized.
-    pub train_tokens: Option<i64>,
-    pub valid_tokens: Option<i64>,
+    /// Tokens to train on; a bound while the dataset is not tokenized yet.
+    pub max_train_tokens: i64,
+    /// Tokens held out; a bound while the dataset is not tokenized yet.
+    pub max_valid_tokens: i64,
 }
 
 /// What the service can run.
@@ -237,15 +238,12 @@ fn fill_in_batch(check: &mut Check, request: &BatchRequest, data: Option<&DataFa
         Some(MicroBatchRequest::Seqs(seqs)) => check.integer("/batch/micro_batch_seqs", seqs, 1, num_seqs),
         _ => (AUTO_MICRO_BATCH_TOKENS / sequence_length).clamp(1, num_seqs),
     };
-    for (split, num_tokens) in
-        [("training", data.and_then(|d| d.train_tokens)), ("validation", data.and_then(|d| d.valid_tokens))]
-    {
-        if let Some(num_tokens) = num_tokens.filter(|&num_tokens| num_tokens < sequence_length) {
-            check.problem(
-                "/batch/sequence_length",
-                format!("{sequence_length} is longer than the {split} data, which has {num_tokens} tokens"),
-            );
-        }
+    let splits = data.map(|data| [("training", data.max_train_tokens), ("validation", data.max_valid_tokens)]);
+    for (split, max_tokens) in splits.into_iter().flatten().filter(|&(_, max_tokens)| max_tokens < sequence_length) {
+        check.problem(
+            "/batch/sequence_length",
+            format!("{sequence_length} is longer than the {split} data, which has {max_tokens} tokens at most"),
+        );
     }
     BatchSpec { num_seqs, sequence_length, micro_batch_seqs }
 }

@@ -10,8 +10,8 @@ fn data() -> DataFacts {
         dataset: DatasetId::from("ds_1".to_string()),
         tokenization: TokenizationId::from("tz_1".to_string()),
         vocab_size: 4_096,
-        train_tokens: Some(100_000),
-        valid_tokens: Some(5_000),
+        max_train_tokens: 100_000,
+        max_valid_tokens: 5_000,
     }
 }
 
