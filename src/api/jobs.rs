@@ -31,7 +31,7 @@ use crate::{
         job::{Failure, JobState, WaitReason},
         problem::Problem,
         schedule::Schedule,
-        spec::{DataFacts, SpecLimits, TrainSpec, TrainSpecRequest},
+        spec::{DataFacts, TrainSpec, TrainSpecRequest},
     },
     storage::Key,
 };
@@ -84,9 +84,6 @@ pub struct JobPage {
     /// To be given as `cursor` for the next page; null on the last one.
     next_cursor: Option<String>,
 }
-
-/// A trainer is one process on one device.
-const MAX_GPUS_PER_JOB: i64 = 1;
 
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(default, deny_unknown_fields)]
@@ -157,9 +154,8 @@ pub async fn create_job(
     let (request, mut problems) = TrainSpecRequest::parse(body.0);
     let mut tx = state.pool.begin().await?;
     let facts = find_facts(&mut tx, &caller.project, &request, &mut problems).await?;
-    let limits = SpecLimits { max_gpus: jobs::max_gpus(&mut tx).await?.clamp(1, MAX_GPUS_PER_JOB) };
 
-    let normalised = request.normalise(facts.as_ref(), limits);
+    let normalised = request.normalise(facts.as_ref());
     let (spec, warnings) = match normalised {
         Ok(normalised) if problems.is_empty() => normalised,
         Ok(_) => return Err(ApiError::InvalidSpec(problems)),

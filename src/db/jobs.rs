@@ -146,21 +146,6 @@ async fn select(
     .await
 }
 
-/// GPUs of the largest host that is alive; 0 if none has any.
-pub async fn max_gpus(connection: &mut PgConnection) -> sqlx::Result<i64> {
-    sqlx::query_scalar!(
-        r#"
-        -- db::jobs::max_gpus
-        select coalesce(max(num_gpus), 0) as "max_gpus!"
-        from workers
-        where last_seen_at > now() - make_interval(secs => $1)
-        "#,
-        WORKER_ALIVE_S,
-    )
-    .fetch_one(connection)
-    .await
-}
-
 pub async fn dataset_exists(
     connection: &mut PgConnection,
     project: &ProjectId,

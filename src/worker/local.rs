@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::{
     tokenize::{TokenizeRequest, tokenize},
-    trainer::{self, Trainer, TrainerArgs},
+    trainer::{Trainer, TrainerArgs},
 };
 use crate::{
     domain::{
@@ -15,7 +15,7 @@ use crate::{
         data::{TOKENIZATION_FILE, TokenizationMeta},
         ids::{DatasetId, TokenizationId},
         lineage::NodeKind,
-        spec::{DataFacts, SpecLimits, TrainSpec, TrainSpecRequest},
+        spec::{DataFacts, TrainSpec, TrainSpecRequest},
     },
     shutdown::Shutdown,
 };
@@ -61,8 +61,7 @@ pub async fn train(run: LocalRun, shutdown: Shutdown) -> Result<()> {
             folder
         }
     };
-    let (_, max_gpus) = trainer::probe(&run.trainer).await?;
-    let spec = read_spec(&run.spec, &data, max_gpus)?;
+    let spec = read_spec(&run.spec, &data)?;
     let normalised = run.out.join("spec.json");
     std::fs::write(&normalised, serde_json::to_vec_pretty(&spec)?)?;
     let args = TrainerArgs {
@@ -100,7 +99,7 @@ pub async fn train(run: LocalRun, shutdown: Shutdown) -> Result<()> {
     bail!("the trainer ended without a reason ({exit:?}); its last lines were:\n{}", trainer.log.tail())
 }
 
-fn read_spec(path: &Path, data: &Path, max_gpus: i64) -> Result<TrainSpec> {
+fn read_spec(path: &Path, data: &Path) -> Result<TrainSpec> {
     let text = std::fs::read_to_string(path).with_context(|| format!("read the spec {}", path.display()))?;
     let json: Value = serde_json::from_str(&text).with_context(|| format!("read the spec {}", path.display()))?;
     let meta = data.join(TOKENIZATION_FILE);
@@ -116,7 +115,7 @@ fn read_spec(path: &Path, data: &Path, max_gpus: i64) -> Result<TrainSpec> {
         max_valid_tokens: meta.valid_tokens,
     };
     let (request, mut problems) = TrainSpecRequest::parse(json);
-    match request.normalise(Some(&facts), SpecLimits { max_gpus }) {
+    match request.normalise(Some(&facts)) {
         Ok((spec, warnings)) if problems.is_empty() => {
             warnings.iter().for_each(|warning| println!("warning: {warning}"));
             return Ok(spec);

@@ -13,7 +13,7 @@ use relora::{
         ids::{JobId, WorkerId},
         job::{Failure, FailureKind},
         lineage::NodeKind,
-        spec::{DataFacts, Device, SpecLimits, TrainSpecRequest},
+        spec::{DataFacts, Device, TrainSpecRequest},
     },
 };
 use serde_json::json;
@@ -57,7 +57,7 @@ async fn job(pool: &PgPool, name: &str, priority: i64) -> JobId {
         max_train_tokens: 1_000,
         max_valid_tokens: 100,
     };
-    let (spec, _) = request.normalise(Some(&facts), SpecLimits { max_gpus: 1 }).unwrap();
+    let (spec, _) = request.normalise(Some(&facts)).unwrap();
     sqlx::query("insert into work_items (id, project_id, kind, priority) values ($1, 'p', 'train', $2)")
         .bind(format!("w-{name}"))
         .bind(priority)

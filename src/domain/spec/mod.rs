@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-pub use normalise::{DataFacts, SpecLimits};
+pub use normalise::DataFacts;
 pub use presets::PRESETS;
 pub use request::TrainSpecRequest;
 

@@ -27,12 +27,8 @@ pub struct DataFacts {
     pub max_valid_tokens: i64,
 }
 
-/// What the service can run.
-#[derive(Debug, Clone, Copy)]
-pub struct SpecLimits {
-    /// GPUs of the largest host.
-    pub max_gpus: i64,
-}
+/// A trainer is one process on one device.
+const MAX_GPUS: i64 = 1;
 
 /// Tokens of a micro-batch that `auto` aims at.
 const AUTO_MICRO_BATCH_TOKENS: i64 = 4_096;
@@ -42,13 +38,9 @@ impl TrainSpecRequest {
     ///
     /// `data` is `None` where the named data does not exist: the caller has reported that already,
     /// and everything else is still checked. Returns the spec with warnings, or every problem found.
-    pub fn normalise(
-        &self,
-        data: Option<&DataFacts>,
-        limits: SpecLimits,
-    ) -> Result<(TrainSpec, Vec<String>), Vec<Problem>> {
+    pub fn normalise(&self, data: Option<&DataFacts>) -> Result<(TrainSpec, Vec<String>), Vec<Problem>> {
         let mut check = Check::default();
-        let spec = self.fill_in(&mut check, data, limits);
+        let spec = self.fill_in(&mut check, data);
         match (spec, check.problems.is_empty()) {
             (Some(spec), true) => {
                 let warnings = spec.warnings();
@@ -58,7 +50,7 @@ impl TrainSpecRequest {
         }
     }
 
-    fn fill_in(&self, check: &mut Check, data: Option<&DataFacts>, limits: SpecLimits) -> Option<TrainSpec> {
+    fn fill_in(&self, check: &mut Check, data: Option<&DataFacts>) -> Option<TrainSpec> {
         check.integer("/spec_version", self.spec_version.unwrap_or(1), 1, 1);
         let batch = fill_in_batch(check, &self.batch.clone().unwrap_or_default(), data);
         let model = fill_in_model(check, self.model.as_ref(), data, batch.sequence_length);
@@ -72,7 +64,7 @@ impl TrainSpecRequest {
         }
         let resources = self.resources.clone().unwrap_or_default();
         let num_gpus = resources.num_gpus.unwrap_or(1);
-        check.integer("/resources/num_gpus", num_gpus, 1, limits.max_gpus.max(1));
+        check.integer("/resources/num_gpus", num_gpus, 1, MAX_GPUS);
         let labels = self.labels.clone().unwrap_or_default();
         check.at_most_items("/labels", labels.len(), 64);
         for (key, value) in &labels {

@@ -33,7 +33,7 @@ fn normalise(json: Value) -> Result<(TrainSpec, Vec<String>), Mistakes> {
     let pairs = |problems: Vec<crate::domain::problem::Problem>| {
         problems.into_iter().map(|problem| (problem.pointer, problem.message)).collect()
     };
-    request.normalise(Some(&data()), SpecLimits { max_gpus: 1 }).map_err(pairs)
+    request.normalise(Some(&data())).map_err(pairs)
 }
 
 fn pointers(json: Value) -> Vec<String> {
