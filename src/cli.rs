@@ -70,7 +70,7 @@ struct Train {
     #[arg(long, conflicts_with = "data")]
     text: Option<PathBuf>,
     /// Vocabulary for --text.
-    #[arg(long, default_value_t = 8_192)]
+    #[arg(long, default_value_t = 8_192, value_parser = clap::value_parser!(i64).range(260..=65_536))]
     vocab_size: i64,
     /// Share of the documents of --text that is held out.
     #[arg(long, default_value_t = 0.05)]

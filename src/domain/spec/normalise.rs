@@ -276,7 +276,7 @@ fn fill_in_method(
     }
 
     let num_steps = schedule.num_steps;
-    let (smallest_side, _) = model.linear_shapes().iter().map(|&(o, i)| (o.min(i), ())).min().unwrap_or((1, ()));
+    let smallest_side = model.linear_shapes().iter().map(|&(o, i)| o.min(i)).min().unwrap_or(1);
     let rank = request.rank.unwrap_or(128);
     if rank < 1 || rank >= smallest_side {
         check.problem(
