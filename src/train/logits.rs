@@ -23,7 +23,7 @@ pub fn write(checkpoint: &Path, out: &Path) -> Result<(), TrainError> {
     let targets =
         weights.full_rank.names().map(str::to_owned).zip(weights.full_rank.leaves.iter().map(Tensor::shallow_clone));
     tensor_file::read_into(&checkpoint.join(MODEL_FILE), targets.collect())?;
-    let model = Llama::new(&spec, &weights, None, Precision::Fp32);
+    let model = Llama::new(&spec, &weights, Precision::Fp32);
     let rows: Vec<_> = rows.iter().map(|row| Tensor::from_slice(row)).collect();
     let logits = model.forward(&Tensor::stack(&rows, 0), None).contiguous();
     tensor_file::write(out, &[("logits".into(), logits)])

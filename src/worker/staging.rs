@@ -14,7 +14,7 @@ use crate::{
         nodes::{self, StoredFile},
         training::{ResumePoint, Training},
     },
-    domain::lineage::{self, FROZEN_FILE, NodeKind},
+    domain::lineage::{self, FROZEN_FILE, NodeKind, START_FILE},
     storage::{Key, Store, Uploaded},
 };
 
@@ -57,6 +57,7 @@ async fn stage_state(pool: &PgPool, store: &Store, resume: &ResumePoint, staged:
     for file in nodes::files(pool, &resume.node).await? {
         let path = match file.name.as_str() {
             FROZEN_FILE => lineage::frozen_path(resume.restart),
+            START_FILE => lineage::frozen_path(0),
             name => format!("{state}/{name}"),
         };
         download(store, &file, &staged.out.join(&path)).await?;
