@@ -125,9 +125,10 @@ def inputs(spec, rows):
     restarts = range(num_cycles(spec, "restart_every_steps") if method["type"] == "relora" else 1)
     is_random = method.get("optimizer_reset", {}).get("type") == "random"
     resets = range(1, num_cycles(spec, "reset_every_steps") if is_random else 1)
-    num_passes = -(-num_steps * batch["num_seqs"] // len(rows))
+    first_seq, num_seqs = batch["skip_seqs"], num_steps * batch["num_seqs"]
+    num_passes = -(-(first_seq + num_seqs) // len(rows))
     order = [row for index in range(num_passes) for row in row_order(spec["seed"], len(rows), index)]
-    order = order[: num_steps * batch["num_seqs"]]
+    order = order[first_seq : first_seq + num_seqs]
     return Inputs(
         weights=initial_weights(spec["model"], spec["seed"]),
         a={key: a for restart in restarts for key, a in factors_a(spec, restart).items()},

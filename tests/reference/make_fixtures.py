@@ -64,6 +64,7 @@ TRAJECTORIES = {
     "none": (relora(optimizer_reset={"type": "none"}), {}),
     "restart_lr_zero": (relora(restart_lr="zero"), {}),
     "plain": (relora(restart_schedule="plain"), {}),
+    "cyclical": (relora(restart_schedule="cyclical"), {}),
     "online": (relora(restart_every_steps=5, reset_every_steps=15), {"num_steps": 76}),
     "some_matrices": (relora(target_modules=["q_proj", "v_proj", "down_proj"], train_embeddings=False,
                              train_head=False), {}),
@@ -73,7 +74,8 @@ TRAJECTORIES = {
 def spec_of(name):
     method, changes = TRAJECTORIES[name]
     schedule = {"num_steps": changes.get("num_steps", NUM_STEPS), "warmup_steps": 4, "min_lr_frac": 0.1}
-    batch = {"num_seqs": NUM_SEQS, "sequence_length": SEQUENCE_LENGTH, "micro_batch_seqs": 4}
+    batch = {"num_seqs": NUM_SEQS, "sequence_length": SEQUENCE_LENGTH, "micro_batch_seqs": 4,
+             "skip_seqs": 0}
     return support.spec(MODEL, method, changes.get("optimizer", OPTIMIZER), schedule, batch, seed=SEED)
 
 

@@ -146,6 +146,12 @@ def jagged_cosine(t, total, warmup, every, restart_warmup, restart_lr, floor):
     return climbed / restart_warmup * join
 
 
+def cyclical_cosine(t, every, warmup, floor):
+    """Every cycle climbs to the full peak. The first two updates of a later cycle move next to nothing."""
+    k, rho = divmod(t, every)
+    return 1e-7 if k > 0 and rho < min(2, warmup) else warm_cosine(rho, every, warmup, floor)
+
+
 def learning_rate(spec, step):
     method, o, schedule = spec["method"], spec["optimizer"], spec["schedule"]
     total, floor, start = schedule["num_steps"], schedule["min_lr_frac"], low_rank_start(spec)
@@ -156,8 +162,11 @@ def learning_rate(spec, step):
     t, total, warmup = step - start, total - start, method["relora_warmup_steps"]
     if method["type"] == "lora" or method["restart_schedule"] == "plain":
         return o["learning_rate"] * warm_cosine(t, total, warmup, floor)
+    every = method["reset_every_steps"]
+    if method["restart_schedule"] == "cyclical":
+        return o["learning_rate"] * cyclical_cosine(t, every, warmup, floor)
     return o["learning_rate"] * jagged_cosine(
-        t, total, warmup, method["reset_every_steps"], method["restart_warmup_steps"], method["restart_lr"], floor)
+        t, total, warmup, every, method["restart_warmup_steps"], method["restart_lr"], floor)
 
 
 # --- The low-rank phase ---

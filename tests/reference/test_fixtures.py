@@ -184,6 +184,27 @@ def test_the_trainer_follows_the_reference(name, data, tmp_path):
     assert max(errors.values()) < WEIGHT_TOLERANCE, errors
 
 
+def test_control_is_full_training_of_a_smaller_model(data, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24}
+    spec = fixtures.spec_of("full")
+    smaller = spec | {"model": spec["model"] | sizes}
+    expected = reference.train(smaller, draws.inputs(smaller, fixtures.token_file()))
+    run = Run(spec | {"method": {"type": "control", "rank": 4} | sizes}, data, tmp_path)
+    assert run.exit_code == 0, run.log
+    np.testing.assert_allclose(series_of(run)["losses"], expected.losses, rtol=LOSS_RTOL)
+
+
+def test_sequences_that_are_passed_over_come_first(data, tmp_path):
+    """And the run goes on into the next pass over the data, whose order is another."""
+    spec = fixtures.spec_of("full")
+    num_steps, skip_seqs = 8, fixtures.NUM_STEPS * fixtures.NUM_SEQS - 20
+    spec |= {"schedule": spec["schedule"] | {"num_steps": num_steps}, "batch": spec["batch"] | {"skip_seqs": skip_seqs}}
+    expected = reference.train(spec, draws.inputs(spec, fixtures.token_file()))
+    run = Run(spec, data, tmp_path)
+    assert run.exit_code == 0, run.log
+    np.testing.assert_allclose(series_of(run)["losses"], expected.losses, rtol=LOSS_RTOL)
+
+
 @pytest.mark.parametrize("name", ["full", "lora", "zero"])
 def test_in_bf16_the_trainer_stays_near_the_reference(name, data, tmp_path):
     """bf16 rounds every operand by up to 2^-9, and a loss is a mean over many.

@@ -36,7 +36,7 @@ SPEC = support.spec(
         "weight_decay": 0.1, "clip_norm": 1.0,
     },
     schedule={"num_steps": NUM_STEPS, "warmup_steps": 4, "min_lr_frac": 0.1},
-    batch={"num_seqs": 10, "sequence_length": SEQUENCE_LENGTH, "micro_batch_seqs": 4},
+    batch={"num_seqs": 10, "sequence_length": SEQUENCE_LENGTH, "micro_batch_seqs": 4, "skip_seqs": 0},
     eval={"every_steps": 20, "max_tokens": 100000, "prompts": ["w1 w2 w3"]},
 )
 
