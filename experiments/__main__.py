@@ -74,7 +74,7 @@ def train_and_report(arguments, definition):
         results = Results(arguments.out / RESULTS)
         if arguments.retry_failed:
             results.forget_failed()
-        train(definition, results, arguments.text, arguments.out, arguments.parallel, arguments.threads)
+        train(definition, results, arguments)
     report(definition, results.path, arguments.docs or arguments.out / "report")
     if failed := results.failed():
         names = ", ".join(f"{record['row']} rate {record['rate']:g} seed {record['seed']}" for record in failed)

@@ -27,7 +27,8 @@ class Run:
 class Definition:
     """A definition file with its defaults resolved."""
 
-    def __init__(self, document):
+    def __init__(self, name, document):
+        self.name = name
         self.document = document
         self.rows = document["rows"]
         self.seeds = document["seeds"]
@@ -57,7 +58,7 @@ class Definition:
 
 def read(path):
     """Reads a definition file and those that it extends."""
-    return Definition(_read_document(path))
+    return Definition(path.name, _read_document(path))
 
 
 def _read_document(path):

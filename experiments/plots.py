@@ -4,6 +4,7 @@ import math
 import statistics
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -23,39 +24,47 @@ def write_plots(definition, results, docs):
     summaries = {row: summarise(definition, results, row) for row in definition.rows}
     records = {row: results.of_row(row, definition.seeds, summaries[row].rate) for row in definition.rows}
     colours = dict(zip(definition.rows, COLOURS * len(definition.rows)))
-    plot_perplexity(definition, records, colours, docs / "perplexity.png")
+    plot_loss(definition, records, colours, docs / "validation-loss.png")
     plot_learning_rate(definition, records, colours, docs / "learning-rate.png")
     if found := spectra_by_row(definition, results, summaries):
         plot_spectra(found, colours, docs / "spectra.png")
 
 
-def plot_perplexity(definition, records, colours, path):
+def plot_loss(definition, records, colours, path):
+    """Validation loss, mean and range over the seeds; a triangle on a curve is a restart."""
     figure, panels = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
     for panel, table in zip(panels, ("methods", "ablation")):
         for row in rows_of_table(definition, table):
-            steps, mean, low, high = perplexity_band(records[row])
-            if steps:
-                panel.plot(steps, mean, color=colours[row], label=row, linewidth=1.5)
-                panel.fill_between(steps, low, high, color=colours[row], alpha=0.15, linewidth=0)
-        for step in _restart_steps(records):
-            panel.axvline(step, color=colours["relora"], linestyle=":", linewidth=0.8)
+            steps, mean, low, high = loss_band(records[row])
+            if not steps:
+                continue
+            panel.plot(steps, mean, color=colours[row], label=row, linewidth=1.5)
+            panel.fill_between(steps, low, high, color=colours[row], alpha=0.15, linewidth=0)
+            restarts = restarts_within(records[row])
+            panel.plot(restarts, np.interp(restarts, steps, mean), color=colours[row], marker="v", linestyle="")
         _limit_to_interesting(panel)
-        panel.set(title=table, xlabel="update", ylabel="validation perplexity")
-        _legend(panel)
+        panel.set(title=table, xlabel="update", ylabel="validation loss")
+        if panel.lines:
+            panel.legend(fontsize=8)
     figure.savefig(path, dpi=DPI)
     pyplot.close(figure)
 
 
-def perplexity_band(records):
-    """Steps with mean, lowest and highest perplexity over the runs that succeeded, from the first update on."""
+def loss_band(records):
+    """Steps with mean, lowest and highest loss over the runs that succeeded, from the first update on."""
     by_step = {}
     for record in records:
         if record["outcome"] == SUCCEEDED:
             for step, loss in record["eval_loss"]:
                 if step > 0:
-                    by_step.setdefault(step, []).append(math.exp(loss))
+                    by_step.setdefault(step, []).append(loss)
     steps = sorted(by_step)
     return steps, *([reduce(by_step[step]) for step in steps] for reduce in (statistics.fmean, min, max))
+
+
+def restarts_within(records):
+    """The restarts of a row but for the one at the end, which nothing follows."""
+    return records[0]["restart_steps"][:-1] if records else []
 
 
 def plot_learning_rate(definition, records, colours, path):
@@ -93,18 +102,11 @@ def plot_spectra(found, colours, path):
     pyplot.close(figure)
 
 
-def _restart_steps(records):
-    return next((record["restart_steps"][:-1] for record in records.get("relora", [])), [])
-
-
 def _limit_to_interesting(panel):
-    """The fall of the first updates is the same for all, and would hide the rest."""
-    ends = [line.get_ydata()[-1] for line in panel.lines if len(line.get_ydata()) > 2]
-    starts = [line.get_ydata()[len(line.get_ydata()) // 4] for line in panel.lines if len(line.get_ydata()) > 2]
-    if ends:
-        panel.set_ylim(min(ends) * 0.95, max(max(ends) * 1.1, min(starts)))
-
-
-def _legend(panel):
-    if panel.get_legend_handles_labels()[1]:
-        panel.legend(fontsize=8)
+    """The fall of the first updates is much the same for all, and would hide the rest."""
+    curves = [line.get_ydata() for line in panel.lines if line.get_linestyle() == "-"]
+    if curves:
+        lowest = min(min(curve) for curve in curves)
+        highest = max(max(curve[len(curve) // 4 :]) for curve in curves)
+        margin = 0.05 * (highest - lowest)
+        panel.set_ylim(lowest - margin, highest + margin)

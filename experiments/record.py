@@ -2,11 +2,7 @@
 
 import datetime
 import math
-import pathlib
 import statistics
-import subprocess
-
-from scripts.local_server import ROOT
 
 from .params import num_trained_params
 from .results import DIVERGED, FAILED, SUCCEEDED
@@ -17,8 +13,9 @@ RATE_EVERY_STEPS = 5
 WEIGHTS = "model.safetensors"
 
 
-def make_record(definition, run, spec, server, job, text):
-    """The line of the results file for a job that has come to its end."""
+def make_record(definition, lane, job, conditions):
+    """The line of the results file for a job that has come to its end; `conditions` are added as they are."""
+    run, server = lane.run, lane.server
     metrics = _metrics(server, job["id"])
     events = server.events(job["id"])
     evals = metrics.get("eval_loss", [])
@@ -35,15 +32,12 @@ def make_record(definition, run, spec, server, job, text):
         "wall_s": _seconds_between(job["started_at"], job["finished_at"]),
         "num_attempts": job["lease_epoch"],
         "tokens_per_s": _median(metrics.get("tokens_per_s", [])),
-        "spec": spec,
+        "spec": lane.spec,
         "normalised_spec": {key: job["spec"][key] for key in job["spec"] if key not in ("dataset", "tokenization")},
         "job_id": job["id"],
-        "text": text,
         "trainer": next((event["data"]["fingerprint"] for event in events if event["type"] == "started"), None),
-        "machine": machine(),
-        "commit": commit(),
         "finished_at": job["finished_at"],
-    }
+    } | conditions
     if outcome == SUCCEEDED and definition.needs_spectra(run):
         record["spectra"] = _spectra(server, job["id"], definition.spectra["start_step"])
     return record
@@ -67,20 +61,6 @@ def mean_over_windows(points, num_steps):
     for step, value in points:
         windows.setdefault(math.ceil(step / num_steps) * num_steps, []).append(value)
     return [[step, round(statistics.fmean(values), 5)] for step, values in sorted(windows.items())]
-
-
-def machine():
-    """The processor's model and how many there are."""
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {"cpu": models[0] if models else "unknown", "num_cpus": len(models)}
-
-
-def commit():
-    """The commit of the source, with a mark if files were changed since; None without a repository."""
-    described = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    return described.stdout.strip() or None
 
 
 def _metrics(server, job_id):

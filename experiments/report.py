@@ -49,7 +49,7 @@ def introduction(definition, results, summaries):
         f"rate; the seeds {', '.join(map(str, definition.seeds))} count. All rows of one seed see the same data in the same "
         f"order, and all runs are evaluated on the same validation tokens. A warm start is part of the budget, and has "
         f"the tuned rate of `{definition.document['warm_start_rate_of']}`.",
-        f"This is {_millions(_model_params(results))} M parameters and {num_tokens / 1e6:.1f} M tokens; the paper's smallest "
+        f"This is {_millions(_model_params(results))} M parameters and {num_tokens / 1e6:.2f} M tokens; the paper's smallest "
         "model has 60 M. What holds here need not hold there, and the reverse.",
     ]
     return "\n\n".join(lines)
@@ -155,8 +155,8 @@ def tuning_table(definition, results, summaries):
 
 def curves():
     return (
-        "## Curves\n\n![validation perplexity](perplexity.png)\n\nMean over the seeds, with the range from the best to the "
-        "worst; dotted lines are the restarts of `relora`.\n\n![learning rate](learning-rate.png)"
+        "## Curves\n\n![validation loss](validation-loss.png)\n\nMean over the seeds, with the range from the lowest to the "
+        "highest; a triangle is a restart.\n\n![learning rate](learning-rate.png)"
     )
 
 
@@ -219,15 +219,16 @@ def conditions(definition, results):
     lines = [
         f"- text: `{tokens['name']}`, SHA-256 `{tokens['sha256']}`; {tokens['train_tokens']} tokens to train on, "
         f"{tokens['valid_tokens']} held out",
-        f"- command: `experiments/run --text {tokens['name']}`, {len(records)} runs from {dates[0]} to {dates[-1]}",
+        "- command: " + _distinct(f"`{record['command']}`" for record in records)
+        + f"; {len(records)} runs from {dates[0]} to {dates[-1]}",
         "- processor: " + _distinct(f"{record['machine']['cpu']} ({record['machine']['num_cpus']} CPUs)"
                                     for record in records),
         "- trainer: " + _distinct(f"{trainer['trainer']}, libtorch {trainer['libtorch']}, device {trainer['device']} "
                                   f"({trainer['cpu_capability']}), {trainer['num_threads']} threads"
                                   for trainer in trainers),
         "- source: " + _distinct(f"commit {record['commit']}" for record in records),
-        "- the definition of the rows: [experiments/table2.json](../../experiments/table2.json); the specs of all rows as "
-        "they were posted and as the service completed them: [specs.json](specs.json)",
+        f"- definition of the rows: `{definition.name}`; the spec of every row, as posted and as the service completed it: "
+        "[specs.json](specs.json)",
     ]
     return "## Conditions\n\n" + "\n".join(lines)
 

@@ -1,11 +1,11 @@
 """Runs everything that is missing, several runs at a time, and writes each into the results as it ends."""
 
-import hashlib
 import os
 import time
 
 from scripts.local_server import Failure
 
+from .conditions import command_line, conditions, sha256_of
 from .plan import missing_runs, warm_start_rate
 from .record import make_record
 from .results import final_loss
@@ -15,21 +15,22 @@ POLL_S = 1.0
 NICENESS = 10
 
 
-def train(definition, results, text_path, out, parallel, num_threads):
+def train(definition, results, arguments):
     """Trains until nothing is missing. May be stopped or killed at any time and called again."""
+    text_path = arguments.text
     os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
     text_sha256 = sha256_of(text_path)
     results.check(definition, text_sha256)
     if not missing_runs(definition, results.losses()):
         return
-    lanes = [Lane(number, out, num_threads) for number in range(1, parallel + 1)]
+    lanes = [Lane(number, arguments.out, arguments.threads) for number in range(1, arguments.parallel + 1)]
     try:
         for lane in lanes:
             lane.start()
             lane.ensure_tokens(text_path, text_sha256, definition.tokenization)
-        text = _describe_text(text_path, text_sha256, lanes)
+        made_with = conditions(text_path, text_sha256, _same_tokens(lanes), command_line(arguments))
         _take_up(definition, results, lanes)
-        _train_missing(definition, results, lanes, text)
+        _train_missing(definition, results, lanes, made_with)
     except Exception:
         for lane in lanes:
             lane.server.print_log_end()
@@ -47,7 +48,7 @@ def _take_up(definition, results, lanes):
         lane.adopt(wanted, results.job_ids)
 
 
-def _train_missing(definition, results, lanes, text):
+def _train_missing(definition, results, lanes, made_with):
     while True:
         losses = results.losses()
         for lane in lanes:
@@ -58,7 +59,7 @@ def _train_missing(definition, results, lanes, text):
             return
         for lane in lanes:
             if lane.run is not None and (job := lane.finished_job()):
-                record = make_record(definition, lane.run, lane.spec, lane.server, job, text)
+                record = make_record(definition, lane, job, made_with)
                 results.add(record)
                 print(f"server {lane.number}: {lane.run.name}: {_describe(record)}; "
                       f"{len(results.records)} runs done", flush=True)
@@ -73,22 +74,12 @@ def choose(lane, lanes, missing):
     return next((run for run in free if run in lane.earlier_jobs), free[0] if free else None)
 
 
-def sha256_of(path):
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise Failure(f"the text cannot be read: {error}") from error
-
-
-def _describe_text(path, sha256, lanes):
-    """The text and its tokens, which must be the same on every server for the runs to be comparable."""
-    first = lanes[0].tokenization
+def _same_tokens(lanes):
+    """The tokenization, which must be the same on every server for the runs to be comparable."""
     for lane in lanes:
-        if _files(lane.tokenization) != _files(first):
+        if _files(lane.tokenization) != _files(lanes[0].tokenization):
             raise Failure(f"servers 1 and {lane.number} made other tokens of the same text; remove their folders")
-    return {"name": path.name, "sha256": sha256, "train_tokens": first["train_tokens"],
-            "valid_tokens": first["valid_tokens"]}
+    return lanes[0].tokenization
 
 
 def _files(tokenization):
