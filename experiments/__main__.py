@@ -94,7 +94,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except Failure as failure:
+    except (Failure, OSError) as failure:
         sys.exit(f"experiments/run: {failure}")
     except KeyboardInterrupt:
         print("\nexperiments/run: stopped; the same command goes on", file=sys.stderr)

@@ -4,6 +4,8 @@ import datetime
 import math
 import statistics
 
+from scripts.local_server import Failure
+
 from .params import num_trained_params
 from .results import DIVERGED, FAILED, SUCCEEDED
 from .spectra import spectra
@@ -82,9 +84,11 @@ def _spectra(server, job_id, start_step):
     nodes = [(node["step"], f"/v1/{kind}/{node['id']}/files/{WEIGHTS}")
              for kind in ("bases", "checkpoints")
              for node in server.pages(f"/v1/{kind}", job=job_id, limit=500)]
-    start = next(path for step, path in nodes if step == start_step)
+    starts = [path for step, path in nodes if step == start_step]
+    if not starts:
+        raise Failure(f"{job_id} has no full weights after step {start_step}: set checkpoints.every_steps of its row to it")
     _, end = max(nodes)
-    return spectra(*(server.request(path).read() for path in (start, end)))
+    return spectra(*(server.request(path).read() for path in (starts[0], end)))
 
 
 def _seconds_between(begin, end):

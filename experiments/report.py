@@ -68,7 +68,7 @@ def methods_table(definition, results, summaries):
     table = markdown_table(header + [f"paper {column}" for column in paper["columns"]], rows)
     return (
         "## Methods (Table 2 of the paper)\n\nFinal validation perplexity, mean over the seeds; lower is better. Trained "
-        "parameters are those of the low-rank phase.\n\n" + table
+        "parameters are those of the low-rank phase.\n\n" + table + notes(definition, "methods")
     )
 
 
@@ -83,7 +83,12 @@ def ablation_table(definition, summaries):
         rows.append([f"{definition.rows[row]['title']} (`{row}`)", *marks, *_measured(summaries[row]),
                      _rate(summaries[row].rate), *map(_paper_value, _paper_row(paper, row))])
     table = markdown_table(header + [f"paper {column}" for column in paper["columns"]], rows)
-    return "## Ablation (Table 6 of the paper)\n\n" + table
+    return "## Ablation (Table 6 of the paper)\n\n" + table + notes(definition, "ablation")
+
+
+def notes(definition, table):
+    """What a reader of a table should know."""
+    return "".join(f"\n\n{note}" for note in definition.document.get("notes", {}).get(table, []))
 
 
 def orderings(definition, summaries):
@@ -229,6 +234,7 @@ def conditions(definition, results):
         "- source: " + _distinct(f"commit {record['commit']}" for record in records),
         f"- definition of the rows: `{definition.name}`; the spec of every row, as posted and as the service completed it: "
         "[specs.json](specs.json)",
+        "- this report again, without training: `experiments/run --report --results docs/experiments/results.jsonl`",
     ]
     return "## Conditions\n\n" + "\n".join(lines)
 
