@@ -21,7 +21,8 @@ def parse_arguments():
     parser = argparse.ArgumentParser(prog="experiments/run", description="""Trains every row of a definition at tuned
         rates and several seeds, through servers of its own. It may be stopped or killed at any time: started again,
         it goes on. With --report it trains nothing and writes tables and plots from the results file.""")
-    parser.add_argument("--text", type=pathlib.Path, help="text to train on: a file, or JSON lines with a \"text\" each")
+    parser.add_argument("--text", type=pathlib.Path,
+                        help="text to train on: a file, or JSON lines with a \"text\" each")
     parser.add_argument("--config", type=pathlib.Path, default=ROOT / "experiments" / "table2.json",
                         help="what is trained; by default experiments/table2.json")
     parser.add_argument("--out", type=pathlib.Path, help="folder of servers and results; by default below target/")
@@ -78,7 +79,8 @@ def train_and_report(arguments, definition):
     report(definition, results.path, arguments.docs or arguments.out / "report")
     if failed := results.failed():
         names = ", ".join(f"{record['row']} rate {record['rate']:g} seed {record['seed']}" for record in failed)
-        raise Failure(f"{len(failed)} runs failed, which says nothing of the method: {names}; --retry-failed repeats them")
+        raise Failure(f"{len(failed)} runs failed, which says nothing of the method: {names}; "
+                      "--retry-failed repeats them")
 
 
 def main():

@@ -56,7 +56,7 @@ def loss_band(records):
     for record in records:
         if record["outcome"] == SUCCEEDED:
             for step, loss in record["eval_loss"]:
-                if step > 0:
+                if step > 0 and loss is not None:
                     by_step.setdefault(step, []).append(loss)
     steps = sorted(by_step)
     return steps, *([reduce(by_step[step]) for step in steps] for reduce in (statistics.fmean, min, max))

@@ -28,7 +28,7 @@ def make_record(definition, lane, job, conditions):
         "eval_loss": evals,
         "loss": mean_over_windows(metrics.get("loss", []), LOSS_EVERY_STEPS),
         "learning_rate": [point for point in metrics.get("learning_rate", []) if point[0] % RATE_EVERY_STEPS == 1],
-        "restart_steps": [event["data"]["step"] for event in events if event["type"] == "restart"],
+        "restart_steps": sorted({event["data"]["step"] for event in events if event["type"] == "restart"}),
         "num_trained_params": num_trained_params(job["spec"]),
         "num_tokens": job["progress"]["num_tokens"],
         "wall_s": _seconds_between(job["started_at"], job["finished_at"]),
@@ -49,9 +49,9 @@ def judge(job, evals):
     """How a run ended, and why if not well. One that ends worse than it began has diverged, too."""
     if job["state"] == "succeeded":
         final, first = evals[-1][1], evals[0][1]
-        if math.isfinite(final) and final <= first:
+        if final is not None and final <= first:
             return SUCCEEDED, None
-        return DIVERGED, {"kind": "diverged", "message": f"validation loss {final:.3f} after {first:.3f} at the start"}
+        return DIVERGED, {"kind": "diverged", "message": f"validation loss {final} after {first} at the start"}
     failure = job["failure"] or {"kind": job["state"], "message": f"the job was {job['state']}"}
     failure = {"kind": failure["kind"], "message": failure["message"]}
     return (DIVERGED if failure["kind"] == "diverged" else FAILED), failure
@@ -61,15 +61,18 @@ def mean_over_windows(points, num_steps):
     """Means over windows of steps, each at its window's last step."""
     windows = {}
     for step, value in points:
+        if value is None:
+            continue
         windows.setdefault(math.ceil(step / num_steps) * num_steps, []).append(value)
     return [[step, round(statistics.fmean(values), 5)] for step, values in sorted(windows.items())]
 
 
 def _metrics(server, job_id):
-    """Every value of a job by name, as [step, value] in order."""
+    """Every value of a job by name, as [step, value] in order; the value is None where it was not finite."""
     metrics = {}
     for metric in server.pages(f"/v1/jobs/{job_id}/metrics", limit=10_000):
-        metrics.setdefault(metric["name"], []).append([metric["step"], float(f"{metric['value']:.6g}")])
+        value = metric["value"]
+        metrics.setdefault(metric["name"], []).append([metric["step"], value and float(f"{value:.6g}")])
     return metrics
 
 
@@ -86,7 +89,7 @@ def _spectra(server, job_id, start_step):
              for node in server.pages(f"/v1/{kind}", job=job_id, limit=500)]
     starts = [path for step, path in nodes if step == start_step]
     if not starts:
-        raise Failure(f"{job_id} has no full weights after step {start_step}: set checkpoints.every_steps of its row to it")
+        raise Failure(f"{job_id} has no full weights after step {start_step}; let checkpoints.every_steps divide it")
     _, end = max(nodes)
     return spectra(*(server.request(path).read() for path in (starts[0], end)))
 
@@ -99,4 +102,5 @@ def _seconds_between(begin, end):
 
 
 def _median(points):
-    return round(statistics.median(value for _, value in points), 1) if points else None
+    values = [value for _, value in points if value is not None]
+    return round(statistics.median(values), 1) if values else None

@@ -42,15 +42,15 @@ def introduction(definition, results, summaries):
         f"# {definition.document['title']}",
         f"Written by `experiments/run --report` from [results.jsonl](results.jsonl): do not edit. "
         f"{done} of the {wanted} runs that count are in it.",
-        f"Every row was trained by the service itself on the same {num_tokens / 1e6:.2f} M tokens: {num_steps} updates of "
-        f"{batch['num_seqs']} x {batch['sequence_length']} tokens; hidden size {model['hidden_size']}, "
-        f"{model['num_hidden_layers']} layers, vocabulary {definition.tokenization['vocab_size']}. The learning rate of "
-        f"each method was tuned on seed {definition.tuning['seed']}, which does not count, with the whole budget for every "
-        f"rate; the seeds {', '.join(map(str, definition.seeds))} count. All rows of one seed see the same data in the same "
-        f"order, and all runs are evaluated on the same validation tokens. A warm start is part of the budget, and has "
-        f"the tuned rate of `{definition.document['warm_start_rate_of']}`.",
-        f"This is {_millions(_model_params(results))} M parameters and {num_tokens / 1e6:.2f} M tokens; the paper's smallest "
-        "model has 60 M. What holds here need not hold there, and the reverse.",
+        f"Every row was trained by the service itself on the same {num_tokens / 1e6:.2f} M tokens: {num_steps} updates "
+        f"of {batch['num_seqs']} x {batch['sequence_length']} tokens; hidden size {model['hidden_size']}, "
+        f"{model['num_hidden_layers']} layers, vocabulary {definition.tokenization['vocab_size']}. The learning rate "
+        f"of each method was tuned on seed {definition.tuning['seed']}, which does not count, with the whole budget "
+        f"for every rate; the seeds {', '.join(map(str, definition.seeds))} count. All rows of one seed see the same data "
+        "in the same order, and all runs are evaluated on the same validation tokens. A warm start is part of the "
+        f"budget, and has the tuned rate of `{definition.document['warm_start_rate_of']}`.",
+        f"This is {_millions(_model_params(results))} M parameters and {num_tokens / 1e6:.2f} M tokens; the paper's "
+        "smallest model has 60 M. What holds here need not hold there, and the reverse.",
     ]
     return "\n\n".join(lines)
 
@@ -67,16 +67,16 @@ def methods_table(definition, results, summaries):
                      *map(_paper_value, _paper_row(paper, row))])
     table = markdown_table(header + [f"paper {column}" for column in paper["columns"]], rows)
     return (
-        "## Methods (Table 2 of the paper)\n\nFinal validation perplexity, mean over the seeds; lower is better. Trained "
-        "parameters are those of the low-rank phase.\n\n" + table + notes(definition, "methods")
+        "## Methods (Table 2 of the paper)\n\nFinal validation perplexity, mean over the seeds; lower is better. "
+        "Trained parameters are those of the low-rank phase.\n\n" + table + notes(definition, "methods")
     )
 
 
 def ablation_table(definition, summaries):
     """The rows of Table 6; what is switched on is read from the specs."""
     paper = definition.document["paper"]["ablation"]
-    header = ["row", "restarts", "optimizer reset", "jagged rate", "warm start", "perplexity", "std", "min..max", "seeds",
-              "rate"]
+    header = ["row", "restarts", "optimizer reset", "jagged rate", "warm start", "perplexity", "std", "min..max",
+              "seeds", "rate"]
     rows = []
     for row in rows_of_table(definition, "ablation"):
         marks = [MARKS[is_on] for is_on in ingredients(definition.row_spec(row)["method"])]
@@ -95,8 +95,9 @@ def orderings(definition, summaries):
     """Which of the paper's orderings hold."""
     parts = [
         "## Which of the paper's orderings hold at this size",
-        "The means are compared. A gap is *beyond the spread* if it exceeds the larger of the two rows' min..max ranges, "
-        "and *within* it otherwise: then more seeds could turn it round. A row with a diverged seed has an infinite mean.",
+        "The means are compared. A gap is *beyond the spread* if it exceeds the larger of the two rows' min..max "
+        "ranges, and *within* it otherwise: then more seeds could turn it round. A row with a diverged seed has an "
+        "infinite mean.",
     ]
     for table, wanted in definition.document["orderings"].items():
         paper = definition.document["paper"][table]
@@ -130,8 +131,8 @@ def plainly(summaries, wanted):
 
 def paper_pair(paper, better, worse):
     """The two perplexities of the paper at the size of its ablation, or else the largest that has both."""
-    pairs = {column: pair for column, pair in zip(paper["columns"], zip(_paper_row(paper, better), _paper_row(paper, worse)))
-             if None not in pair}
+    by_column = zip(paper["columns"], _paper_row(paper, better), _paper_row(paper, worse))
+    pairs = {column: pair for column, *pair in by_column if None not in pair}
     if not pairs:
         return "–"
     column = "130M" if "130M" in pairs else list(pairs)[-1]
@@ -151,8 +152,8 @@ def tuning_table(definition, results, summaries):
     borrowed = [f"`{row}` has the rate of `{described['rate_of']}`"
                 for row, described in definition.rows.items() if "rate_of" in described]
     return (
-        f"## Learning rates\n\nPerplexity of seed {definition.tuning['seed']} by peak rate; the chosen one in bold. A best "
-        "rate at an end of the grid had the next one tried as well, up to "
+        f"## Learning rates\n\nPerplexity of seed {definition.tuning['seed']} by peak rate; the chosen one in bold. A "
+        "best rate at an end of the grid had the next one tried as well, up to "
         f"{definition.tuning['max_extensions']} times.\n\n"
         + markdown_table(["row", "rate: perplexity"], rows) + "\n\n" + "; ".join(borrowed) + "."
     )
@@ -160,8 +161,8 @@ def tuning_table(definition, results, summaries):
 
 def curves():
     return (
-        "## Curves\n\n![validation loss](validation-loss.png)\n\nMean over the seeds, with the range from the lowest to the "
-        "highest; a triangle is a restart.\n\n![learning rate](learning-rate.png)"
+        "## Curves\n\n![validation loss](validation-loss.png)\n\nMean over the seeds, with the range from the lowest "
+        "to the highest; a triangle is a restart.\n\n![learning rate](learning-rate.png)"
     )
 
 
@@ -173,8 +174,8 @@ def spectra_table(definition, results, summaries):
     seed, step = definition.spectra["seed"], definition.spectra["start_step"]
     rows = [[kind, *(_mean_rank(values[kind]) for values in found.values())] for kind in KINDS]
     return (
-        f"## Singular values of what training changed\n\nOf W_end − W_{step}, seed {seed}: how many singular values of a "
-        f"matrix exceed {RANK_THRESHOLD:.0%} of its largest, mean over the layers.\n\n"
+        f"## Singular values of what training changed\n\nOf W_end − W_{step}, seed {seed}: how many singular values of "
+        f"a matrix exceed {RANK_THRESHOLD:.0%} of its largest, mean over the layers.\n\n"
         + markdown_table(["matrix", *(f"`{row}`" for row in found)], rows)
         + "\n\n![singular values](spectra.png)"
     )
@@ -199,8 +200,9 @@ def cost_table(definition, results, summaries):
                      f"{_mean(record['wall_s'] for record in whole):.0f}",
                      f"{_mean(record['tokens_per_s'] for record in whole):.0f}"])
     return (
-        "## Cost\n\nMeans over the runs that were not interrupted: tokens read, seconds from start to end with evaluations, "
-        "and the median tokens/s of an update.\n\n" + markdown_table(["row", "tokens", "seconds", "tokens/s"], rows)
+        "## Cost\n\nMeans over the runs that were not interrupted: tokens read, seconds from start to end with "
+        "evaluations, and the median tokens/s of an update.\n\n"
+        + markdown_table(["row", "tokens", "seconds", "tokens/s"], rows)
     )
 
 
@@ -209,7 +211,7 @@ def troubles(results):
     bad = [record for record in results.records.values() if record["failure"]]
     if not bad:
         return ""
-    rows = [[run_of(record).name, record["outcome"], record["failure"]["message"].replace("|", "\\|")] for record in bad]
+    rows = [[run_of(record).name, record["outcome"], record["failure"]["message"].replace("|", "/")] for record in bad]
     return "## Runs that did not end well\n\n" + markdown_table(["run", "outcome", "why"], rows)
 
 
@@ -232,8 +234,8 @@ def conditions(definition, results):
                                   f"({trainer['cpu_capability']}), {trainer['num_threads']} threads"
                                   for trainer in trainers),
         "- source: " + _distinct(f"commit {record['commit']}" for record in records),
-        f"- definition of the rows: `{definition.name}`; the spec of every row, as posted and as the service completed it: "
-        "[specs.json](specs.json)",
+        f"- definition of the rows: `{definition.name}`; the spec of every row, as posted and as the service completed "
+        "it: [specs.json](specs.json)",
         "- this report again, without training: `experiments/run --report --results docs/experiments/results.jsonl`",
     ]
     return "## Conditions\n\n" + "\n".join(lines)

@@ -41,8 +41,8 @@ def line(definition, run, loss, warm_start_rate=2e-3, **changes):
         "eval_loss": [[0, 7.0], [1000, loss]], "restart_steps": [], "num_trained_params": 2_000_000,
         "num_tokens": 1_024_000, "wall_s": 100.0, "num_attempts": 1, "tokens_per_s": 9000.0,
         "spec": definition.spec(run, warm_start_rate), "normalised_spec": {}, "job_id": f"job_{run.name}",
-        "text": TEXT, "command": "experiments/run", "trainer": None, "commit": None, "finished_at": "2026-11-24T00:00:00Z",
-        "machine": {"cpu": "a processor", "num_cpus": 2},
+        "text": TEXT, "command": "experiments/run", "machine": {"cpu": "a processor", "num_cpus": 2}, "trainer": None,
+        "commit": None, "finished_at": "2026-11-24T00:00:00Z",
     } | changes
 
 
@@ -85,8 +85,8 @@ def test_the_warm_start_rate_is_said_only_where_there_is_a_warm_start(table2):
 
 def test_all_rows_train_on_the_same_tokens_and_in_whole_cycles(table2):
     for row in table2.rows:
-        spec = table2.row_spec(row)
-        assert (spec["schedule"], spec["batch"]) == (table2.document["spec"]["schedule"], table2.document["spec"]["batch"])
+        spec, base = table2.row_spec(row), table2.document["spec"]
+        assert (spec["schedule"], spec["batch"], spec["eval"]) == (base["schedule"], base["batch"], base["eval"])
         method = spec["method"]
         low_rank_steps = spec["schedule"]["num_steps"] - method.get("warm_start_steps", 0)
         if every_steps := method.get("restart_every_steps"):
@@ -258,10 +258,10 @@ def test_runs_of_another_text_or_definition_are_refused(table2, tmp_path):
     results.check(table2, TEXT["sha256"])
     with pytest.raises(Failure, match="another text"):
         results.check(table2, "bb")
-    changed = definitions.Definition("changed", merge_patch(table2.document, {"parts": {"low_rank": {"method": {"rank": 8}}}}))
+    other_rank = merge_patch(table2.document, {"parts": {"low_rank": {"method": {"rank": 8}}}})
     with pytest.raises(Failure, match="defined otherwise"):
-        results.check(changed, TEXT["sha256"])
-    more_seeds = definitions.Definition("more", merge_patch(table2.document, {"seeds": [1, 2, 3, 4]}))
+        results.check(definitions.Definition("other-rank", other_rank), TEXT["sha256"])
+    more_seeds = definitions.Definition("more-seeds", merge_patch(table2.document, {"seeds": [1, 2, 3, 4]}))
     results.check(more_seeds, TEXT["sha256"])
     assert {run.seed for run in plan.missing_runs(more_seeds, results.losses())} == {4}
 
@@ -270,15 +270,16 @@ def test_a_job_is_judged_by_its_failure_and_by_its_last_evaluation():
     done = {"state": "succeeded", "failure": None}
     assert record.judge(done, [[0, 7.0], [100, 4.0]]) == ("succeeded", None)
     assert record.judge(done, [[0, 7.0], [100, 7.5]])[0] == "diverged"
-    assert record.judge(done, [[0, 7.0], [100, math.nan]])[0] == "diverged"
+    assert record.judge(done, [[0, 7.0], [100, None]])[0] == "diverged"
     for kind, outcome in (("diverged", "diverged"), ("storage", "failed")):
         job = {"state": "failed", "failure": {"kind": kind, "message": "why", "log_tail": "much"}}
         assert record.judge(job, []) == (outcome, {"kind": kind, "message": "why"})
 
 
 def test_losses_are_thinned_to_means_of_windows():
-    assert record.mean_over_windows([[step, float(step)] for step in range(1, 46)], 20) == [
-        [20, 10.5], [40, 30.5], [60, 43.0]]
+    points = [[step, float(step)] for step in range(1, 46)]
+    assert record.mean_over_windows(points, 20) == [[20, 10.5], [40, 30.5], [60, 43.0]]
+    assert record.mean_over_windows([[1, None], [2, 4.0]], 20) == [[20, 4.0]]
 
 
 # What is said of it.
