@@ -46,8 +46,8 @@ def introduction(definition, results, summaries):
         f"of {batch['num_seqs']} x {batch['sequence_length']} tokens; hidden size {model['hidden_size']}, "
         f"{model['num_hidden_layers']} layers, vocabulary {definition.tokenization['vocab_size']}. The learning rate "
         f"of each method was tuned on seed {definition.tuning['seed']}, which does not count, with the whole budget "
-        f"for every rate; the seeds {', '.join(map(str, definition.seeds))} count. All rows of one seed see the same data "
-        "in the same order, and all runs are evaluated on the same validation tokens. A warm start is part of the "
+        f"for every rate; the seeds {', '.join(map(str, definition.seeds))} count. All rows of one seed see the same "
+        "data in the same order, and all runs are evaluated on the same validation tokens. A warm start is part of the "
         f"budget, and has the tuned rate of `{definition.document['warm_start_rate_of']}`.",
         f"This is {_millions(_model_params(results))} M parameters and {num_tokens / 1e6:.2f} M tokens; the paper's "
         "smallest model has 60 M. What holds here need not hold there, and the reverse.",
