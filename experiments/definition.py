@@ -1,7 +1,8 @@
 """What is trained: a definition such as table2.json is read, and turned into the spec of a run.
 
 A spec is a chain of JSON merge patches: the definition's `spec`, the row's `parts`, the row's own
-`spec`, then rate and seed. A definition may itself be a patch of another one, which it `extends`.
+`spec`, what the runs whose singular values are computed have of their own, then rate and seed. A
+definition may itself be a patch of another one, which it `extends`.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ class Definition:
         self.seeds = document["seeds"]
         self.tuning = document["tuning"]
         self.tokenization = document["tokenization"]
-        self.spectra = document.get("spectra", {"rows": []})
+        self.spectra = document["spectra"]
 
     def spec(self, run, warm_start_rate):
         """What is posted for a run, but for the data. The warm start's rate counts only where there is one."""
@@ -42,6 +43,8 @@ class Definition:
         optimizer = {"learning_rate": run.rate}
         if has_warm_start(spec):
             optimizer["warm_start_learning_rate"] = warm_start_rate
+        if self.needs_spectra(run):
+            spec = merge_patch(spec, self.spectra["rows"][run.row])
         return merge_patch(spec, {"seed": run.seed, "optimizer": optimizer})
 
     def row_spec(self, row):

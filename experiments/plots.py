@@ -87,8 +87,8 @@ def plot_spectra(found, colours, path):
     """One panel per kind of matrix; a line is the mean over the layers of the values at each place."""
     figure, panels = pyplot.subplots(2, 4, figsize=(13, 6), layout="constrained")
     for panel, kind in zip(panels.flat, KINDS):
-        for row, values in found.items():
-            means = [statistics.fmean(place) for place in zip(*values[kind])]
+        for row, record in found.items():
+            means = [statistics.fmean(place) for place in zip(*record["spectra"][kind])]
             panel.semilogy(range(1, len(means) + 1), means, color=colours[row], label=row, linewidth=1.5)
         # What lies below is rounding.
         panel.set_ylim(bottom=1e-4)

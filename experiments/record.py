@@ -42,6 +42,7 @@ def make_record(definition, lane, job, conditions):
     } | conditions
     if outcome == SUCCEEDED and definition.needs_spectra(run):
         record["spectra"] = _spectra(server, job["id"], definition.spectra["start_step"])
+        record["ranks"] = [event["data"] for event in events if event["type"] == "ranks"]
     return record
 
 

@@ -6,9 +6,8 @@ import math
 from . import compare
 from .plan import tried_rates
 from .results import run_of
-from .spectra import KINDS, numerical_rank
+from .spectra import KINDS, num_above
 
-RANK_THRESHOLD = 0.01
 MARKS = {True: "✓", False: "–"}
 
 
@@ -167,25 +166,33 @@ def curves():
 
 
 def spectra_table(definition, results, summaries):
-    """How many directions the low-rank phase moved."""
+    """How many directions the low-rank phase moved, by the weights, and by the service's own count."""
     found = spectra_by_row(definition, results, summaries)
     if not found:
         return ""
+    threshold = definition.spectra["threshold"]
     seed, step = definition.spectra["seed"], definition.spectra["start_step"]
-    rows = [[kind, *(_mean_rank(values[kind]) for values in found.values())] for kind in KINDS]
+    columns = {f"`{row}`": [num_above(record["spectra"][kind], threshold) for kind in KINDS]
+               for row, record in found.items()}
+    for row, record in found.items():
+        if record["ranks"]:
+            counts = record["ranks"][-1]["kinds"]
+            columns[f"`{row}`, the service's count"] = [
+                (counts[kind]["num_above"], counts[kind]["num_values"]) for kind in KINDS]
+    rows = [[kind, *(f"{above} of {total}" for above, total in figures)]
+            for kind, *figures in zip(KINDS, *columns.values())]
     return (
-        f"## Singular values of what training changed\n\nOf W_end − W_{step}, seed {seed}: how many singular values of "
-        f"a matrix exceed {RANK_THRESHOLD:.0%} of its largest, mean over the layers.\n\n"
-        + markdown_table(["matrix", *(f"`{row}`" for row in found)], rows)
-        + "\n\n![singular values](spectra.png)"
+        f"## Singular values of what training changed\n\nOf W_end − W_{step}, seed {seed}: how many exceed {threshold}, "
+        "all layers together, computed from the downloaded weights. The service counts the same where `rank_threshold` "
+        "asks for it.\n\n" + markdown_table(["matrix", *columns], rows) + "\n\n![singular values](spectra.png)"
     )
 
 
 def spectra_by_row(definition, results, summaries):
-    """The singular values that were recorded, of the rows' counted runs."""
+    """The counted runs whose singular values were recorded."""
     records = {row: results.of_row(row, [definition.spectra["seed"]], summaries[row].rate)
                for row in definition.spectra["rows"]}
-    return {row: found[0]["spectra"] for row, found in records.items() if found and "spectra" in found[0]}
+    return {row: found[0] for row, found in records.items() if found and "spectra" in found[0]}
 
 
 def cost_table(definition, results, summaries):
@@ -296,10 +303,6 @@ def _model_params(results):
 
 def _millions(number):
     return "?" if number is None else f"{number / 1e6:.2f}"
-
-
-def _mean_rank(layers):
-    return f"{_mean(numerical_rank(values, RANK_THRESHOLD) for values in layers):.1f} of {len(layers[0])}"
 
 
 def _mean(values):

@@ -23,9 +23,10 @@ def spectra(start, end):
     return values
 
 
-def numerical_rank(values, relative_threshold):
-    """How many singular values exceed a share of the largest one."""
-    return sum(value > relative_threshold * values[0] for value in values)
+def num_above(layers, threshold):
+    """How many singular values of all layers exceed a threshold, and how many there are."""
+    values = [value for layer in layers for value in layer]
+    return sum(value > threshold for value in values), len(values)
 
 
 def _numbers_as_numbers(name):

@@ -58,7 +58,7 @@ def finish_everything(definition, results, loss_of):
 
 def smooth_loss(run):
     """Best at the middle of every grid."""
-    middle = 2e-3 if run.row in ("full", "control") else 4e-3
+    middle = 1e-3 if run.row in ("full", "control") else 2e-3
     return 4.0 + abs(math.log2(run.rate / middle)) + 0.01 * run.seed
 
 
@@ -161,22 +161,22 @@ def tune(table2, losses):
 
 
 def test_tuning_tries_the_grid_and_takes_the_best_inside_it(table2):
-    assert tune(table2, {2e-3: 4.0}) == ([1e-3, 4e-3], None)
-    assert tune(table2, {1e-3: 4.2, 2e-3: 4.0, 4e-3: 4.1}) == ([], 2e-3)
+    assert tune(table2, {1e-3: 4.0}) == ([5e-4, 2e-3], None)
+    assert tune(table2, {5e-4: 4.2, 1e-3: 4.0, 2e-3: 4.1}) == ([], 1e-3)
 
 
 def test_a_best_rate_at_an_end_asks_for_the_next_one_at_most_twice(table2):
-    losses = {1e-3: 4.2, 2e-3: 4.1, 4e-3: 4.0}
-    assert tune(table2, losses) == ([8e-3], None)
-    assert tune(table2, losses | {8e-3: 4.05}) == ([], 4e-3)
-    assert tune(table2, losses | {8e-3: 3.9}) == ([1.6e-2], None)
-    assert tune(table2, losses | {8e-3: 3.9, 1.6e-2: 3.8}) == ([], 1.6e-2)
-    assert tune(table2, {1e-3: 4.0, 2e-3: 4.1, 4e-3: 4.2}) == ([5e-4], None)
+    losses = {5e-4: 4.2, 1e-3: 4.1, 2e-3: 4.0}
+    assert tune(table2, losses) == ([4e-3], None)
+    assert tune(table2, losses | {4e-3: 4.05}) == ([], 2e-3)
+    assert tune(table2, losses | {4e-3: 3.9}) == ([8e-3], None)
+    assert tune(table2, losses | {4e-3: 3.9, 8e-3: 3.8}) == ([], 8e-3)
+    assert tune(table2, {5e-4: 4.0, 1e-3: 4.1, 2e-3: 4.2}) == ([2.5e-4], None)
 
 
 def test_a_rate_that_diverged_is_never_preferred(table2):
-    assert tune(table2, {1e-3: 4.0, 2e-3: math.inf, 4e-3: math.inf, 5e-4: 4.1}) == ([], 1e-3)
-    assert tune(table2, {1e-3: math.inf, 2e-3: math.inf, 4e-3: math.inf}) == ([5e-4], None)
+    assert tune(table2, {2.5e-4: 4.1, 5e-4: 4.0, 1e-3: math.inf, 2e-3: math.inf}) == ([], 5e-4)
+    assert tune(table2, {5e-4: math.inf, 1e-3: math.inf, 2e-3: math.inf}) == ([2.5e-4], None)
 
 
 def test_tuning_comes_first_and_then_the_seeds_go_round_the_rows(table2, tmp_path):
@@ -185,14 +185,14 @@ def test_tuning_comes_first_and_then_the_seeds_go_round_the_rows(table2, tmp_pat
     assert [run.row for run in order[:15]] == [row for row in methods for _ in range(3)]
     assert {run.seed for run in order[:15]} == {0}
     assert [(run.seed, run.row) for run in order[15:]] == [(seed, row) for seed in (1, 2, 3) for row in table2.rows]
-    assert {run.rate for run in order[15:] if run.row in ("full", "control")} == {2e-3}
-    assert {run.rate for run in order[15:] if run.row not in ("full", "control")} == {4e-3}
+    assert {run.rate for run in order[15:] if run.row in ("full", "control")} == {1e-3}
+    assert {run.rate for run in order[15:] if run.row not in ("full", "control")} == {2e-3}
     assert len(set(order)) == len(order)
 
 
 def test_a_warm_start_waits_until_its_rate_is_known(table2):
     assert {run.row for run in plan.missing_runs(table2, {})} == {"full", "control", "factorized"}
-    tuned = {Run("full", rate, 0): loss for rate, loss in ((1e-3, 4.2), (2e-3, 4.0), (4e-3, 4.1))}
+    tuned = {Run("full", rate, 0): loss for rate, loss in ((5e-4, 4.2), (1e-3, 4.0), (2e-3, 4.1))}
     wanted = plan.missing_runs(table2, tuned)
     assert {"lora_warm", "relora"} <= {run.row for run in wanted}
     assert [run.seed for run in wanted if run.row == "full"] == [1, 2, 3]
@@ -334,8 +334,8 @@ def test_the_report_is_made_of_the_results_alone(table2, tmp_path):
     assert "30 of the 30 runs that count are in it" in text
     assert "| `full` < `relora` | 23.65 < 25.04 (130M) |" in text
     assert "- Does not hold, beyond the spread: `relora` < `lora_warm`" in text
-    assert "3, 1 diverged" in text and "| restarts_reset rate 0.004 seed 2 | diverged | the loss is NaN |" in text
-    assert "0.001: " in text and "**0.002: " in text
+    assert "3, 1 diverged" in text and "| restarts_reset rate 0.002 seed 2 | diverged | the loss is NaN |" in text
+    assert "0.0005: " in text and "**0.001: " in text
     assert set(json.loads((tmp_path / "specs.json").read_text())) == set(table2.rows)
 
 
@@ -356,7 +356,25 @@ def test_singular_values_show_the_rank_of_the_change():
         factors = draws.standard_normal((2, 16, layer + 1))
         end[name.format(layer)] = (start[name.format(layer)] + factors[0] @ factors[1].T).astype(np.float32)
     found = spectra.spectra(save(start), save(end))
-    assert [spectra.numerical_rank(values, 1e-4) for values in found["q_proj"]] == list(range(1, 12))
+    assert [spectra.num_above([values], 1e-4)[0] for values in found["q_proj"]] == list(range(1, 12))
+    assert spectra.num_above(found["q_proj"], 1e-4) == (66, 176)
     assert found["up_proj"] == []
     with pytest.raises(ValueError, match="same tensors"):
         spectra.spectra(save(start), save({"other": start["lm_head.weight"]}))
+
+
+def test_the_services_count_of_singular_values_stands_beside_ours(table2, tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    finish_everything(table2, results, smooth_loss)
+    run = Run("relora", 2e-3, 1)
+    assert table2.spec(run, 1e-3)["method"]["rank_threshold"] == 0.1
+    assert "rank_threshold" not in table2.spec(Run("relora", 2e-3, 2), 1e-3)["method"]
+    counts = {kind: {"num_above": 7, "num_values": 8} for kind in spectra.KINDS}
+    results.add(results.records[run] | {
+        "spectra": {kind: [[3.0, 0.2, 0.1, 0.0], [0.5, 0.4, 0.3, 0.0]] for kind in spectra.KINDS},
+        "ranks": [{"step": 400, "kinds": {}}, {"step": 1000, "kinds": counts}],
+    })
+    report.write_report(table2, Results(results.path), tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| matrix | `relora` | `relora`, the service's count |" in text
+    assert "| q_proj | 5 of 8 | 7 of 8 |" in text
