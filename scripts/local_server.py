@@ -218,4 +218,5 @@ def raise_on_signals():
         raise KeyboardInterrupt(signal.Signals(number).name)
 
     signal.signal(signal.SIGTERM, unwind)
-    signal.signal(signal.SIGHUP, unwind)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else nohup asked for it
+        signal.signal(signal.SIGHUP, unwind)
