@@ -28,7 +28,11 @@ MODEL = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "
 
 @pytest.fixture
 def table2():
-    return definitions.read(TABLE2)
+    """The definition as it is, but for the rates, which may be chosen anew at any time."""
+    rates = {row: {"rates": [5e-4, 1e-3, 2e-3]} for row in ("full", "control")}
+    rates |= {row: {"rates": [1e-3, 2e-3, 4e-3]} for row in ("factorized", "lora_warm", "relora")}
+    document = merge_patch(definitions.read(TABLE2).document, {"rows": rates})
+    return definitions.Definition("table2.json", document)
 
 
 def line(definition, run, loss, warm_start_rate=2e-3, **changes):
