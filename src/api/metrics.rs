@@ -27,6 +27,10 @@ pub enum MetricName {
     TokensPerS,
     EvalLoss,
     EvalPerplexity,
+    /// Frobenius norm of what a restart merged, over all matrices.
+    UpdateNorm,
+    /// Share of the moments of the factors that a reset left at zero.
+    OptimizerClearedFrac,
     CheckpointStallMs,
 }
 
@@ -39,6 +43,8 @@ impl MetricName {
             Self::TokensPerS => "tokens_per_s",
             Self::EvalLoss => "eval_loss",
             Self::EvalPerplexity => "eval_perplexity",
+            Self::UpdateNorm => "update_norm",
+            Self::OptimizerClearedFrac => "optimizer_cleared_frac",
             Self::CheckpointStallMs => "checkpoint_stall_ms",
         }
     }

@@ -93,9 +93,12 @@ pub async fn commit(
 }
 
 fn metrics(report: &NodeReport) -> Vec<Metric> {
-    let norms = report.update_norms.iter();
-    let norms = norms.map(|(linear, norm)| (report.step, format!("update_norm_{}", linear.name()).into(), *norm));
-    norms.chain([(report.step, "checkpoint_stall_ms".into(), report.stall_ms as f64)]).collect()
+    let mut metrics = vec![(report.step, "checkpoint_stall_ms", report.stall_ms as f64)];
+    if !report.update_norms.is_empty() {
+        let norm = report.update_norms.values().map(|norm| norm * norm).sum::<f64>().sqrt();
+        metrics.push((report.step, "update_norm", norm));
+    }
+    metrics
 }
 
 fn announcement(report: &NodeReport) -> (EventType, String) {

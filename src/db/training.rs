@@ -1,7 +1,5 @@
 //! What a worker writes about a training job. Every function is fenced by the lease of its attempt.
 
-use std::borrow::Cow;
-
 use serde_json::json;
 use sqlx::{PgConnection, PgPool};
 
@@ -17,7 +15,7 @@ use crate::domain::{
 };
 
 /// A step, the name of what was measured after it, and its value.
-pub type Metric = (i64, Cow<'static, str>, f64);
+pub type Metric = (i64, &'static str, f64);
 
 /// A job whose attempt has begun.
 #[derive(Debug)]
@@ -150,10 +148,10 @@ pub async fn append_steps(pool: &PgPool, lease: &Lease, job: &JobId, steps: &[St
     let mut metrics = Vec::with_capacity(4 * steps.len());
     for step in steps {
         metrics.extend([
-            (step.step, "loss".into(), step.loss),
-            (step.step, "grad_norm".into(), step.grad_norm),
-            (step.step, "learning_rate".into(), step.learning_rate),
-            (step.step, "tokens_per_s".into(), step.tokens_per_s),
+            (step.step, "loss", step.loss),
+            (step.step, "grad_norm", step.grad_norm),
+            (step.step, "learning_rate", step.learning_rate),
+            (step.step, "tokens_per_s", step.tokens_per_s),
         ]);
     }
     let mut tx = pool.begin().await?;
@@ -209,7 +207,7 @@ pub(super) async fn insert_metrics(
     metrics: &[Metric],
 ) -> sqlx::Result<()> {
     let steps: Vec<i64> = metrics.iter().map(|(step, _, _)| *step).collect();
-    let names: Vec<String> = metrics.iter().map(|(_, name, _)| name.to_string()).collect();
+    let names: Vec<String> = metrics.iter().map(|(_, name, _)| (*name).to_owned()).collect();
     let values: Vec<f64> = metrics.iter().map(|(_, _, value)| *value).collect();
     sqlx::query!(
         r#"

@@ -117,22 +117,19 @@ impl Reporter {
                 EventType::Eval,
                 format!("validation perplexity {perplexity:.3} after step {step}"),
                 json!({"step": step, "loss": loss, "perplexity": perplexity, "num_tokens": num_tokens}),
-                vec![(step, "eval_loss".into(), loss), (step, "eval_perplexity".into(), perplexity)],
+                vec![(step, "eval_loss", loss), (step, "eval_perplexity", perplexity)],
             ),
             Report::OptimizerReset { step, reset, cleared_frac } => (
                 EventType::OptimizerReset,
                 format!("optimizer reset {reset} cleared {:.1}% of the factors' state", 100.0 * cleared_frac),
                 json!({"step": step, "reset": reset, "cleared_frac": cleared_frac}),
-                vec![(step, "optimizer_cleared_frac".into(), cleared_frac)],
+                vec![(step, "optimizer_cleared_frac", cleared_frac)],
             ),
             Report::Ranks { step, restart, threshold, kinds } => (
                 EventType::Ranks,
                 format!("ranks of the merged update counted after restart {restart}"),
                 json!({"step": step, "restart": restart, "threshold": threshold, "kinds": kinds}),
-                kinds
-                    .iter()
-                    .map(|(linear, c)| (step, format!("rank_{}", linear.name()).into(), c.num_above as f64))
-                    .collect(),
+                vec![],
             ),
             Report::Sample { step, prompt, text } => (
                 EventType::Sample,

@@ -27,6 +27,38 @@ def downloads(service, tmp_path):
     return folders
 
 
+def test_a_job_reports_what_its_restarts_merged_and_cleared(service, tmp_path):
+    method = {
+        "type": "relora", "rank": 8, "warm_start_steps": 20, "restart_every_steps": 20, "rank_threshold": 0.001,
+        "optimizer_reset": {"type": "magnitude", "frac": 0.75},
+    }
+    schedule = {"num_steps": 80}
+    job_id = service.submit(service.tokenization(), method=method, schedule=schedule)
+    assert service.wait_for_end(job_id)["state"] == "succeeded"
+
+    events = service.events(job_id)
+    cleared = [event["data"]["cleared_frac"] for event in events if event["type"] == "optimizer_reset"]
+    assert cleared == pytest.approx([0.75, 0.75], abs=0.01)
+    ranks = {event["data"]["restart"]: event["data"]["kinds"] for event in events if event["type"] == "ranks"}
+    assert sorted(ranks) == [1, 2, 3]
+    assert all(len(kinds) == 7 for kinds in ranks.values())
+    assert ranks[3]["q_proj"]["num_above"] > ranks[1]["q_proj"]["num_above"] > 0
+
+    for restart in service.nodes("restarts", job_id):
+        folder = tmp_path / restart["id"]
+        assert service.relora("restart", "download", restart["id"], "--out", folder) == 0
+        delta = load_file(folder / "adapter_model.safetensors")
+        products = {kind: [] for kind in restart["update_norms"]}
+        for name, a in delta.items():
+            if name.endswith("lora_A.weight"):
+                b = delta[name.replace("lora_A", "lora_B")]
+                products[name.split(".")[-3]].append(32 / 8 * b @ a)
+        for kind, norm in restart["update_norms"].items():
+            assert torch.stack(products[kind]).norm().item() == pytest.approx(norm, rel=1e-5)
+    metrics = service.get(f"/v1/jobs/{job_id}/metrics?name=update_norm")["data"]
+    assert [metric["step"] for metric in metrics] == [40, 60, 80]
+
+
 def test_transformers_and_peft_load_what_the_service_stores(downloads, tmp_path):
     checkpoint = AutoModelForCausalLM.from_pretrained(downloads["checkpoint"])
     tokens = AutoTokenizer.from_pretrained(downloads["checkpoint"])("def function_7(value):\n    return value", return_tensors="pt").input_ids
