@@ -3,7 +3,8 @@
 //!
 //! Holding a [`TrainSpec`] is the proof that it was checked: nothing below re-checks or fills in.
 
-mod check;
+pub(in crate::domain) mod check;
+mod init;
 mod normalise;
 mod presets;
 mod request;
@@ -15,12 +16,13 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+pub use init::InitFacts;
 pub use normalise::DataFacts;
 pub use presets::PRESETS;
 pub use request::TrainSpecRequest;
 
 use super::{
-    ids::{DatasetId, TokenizationId},
+    ids::{DatasetId, NodeId, TokenizationId},
     schedule::Restarts,
 };
 
@@ -32,6 +34,8 @@ pub struct TrainSpec {
     pub name: String,
     pub dataset: DatasetId,
     pub tokenization: TokenizationId,
+    /// The stored checkpoint whose weights the run begins with; null for weights that are drawn.
+    pub init_checkpoint: Option<NodeId>,
     pub model: ModelSpec,
     pub method: MethodSpec,
     pub optimizer: OptimizerSpec,

@@ -80,6 +80,7 @@ impl TrainSpecRequest {
             name,
             dataset: data?.dataset.clone(),
             tokenization: data?.tokenization.clone(),
+            init_checkpoint: self.init_checkpoint.clone(),
             optimizer: fill_in_optimizer(check, &self.optimizer.clone().unwrap_or_default()),
             precision: self.precision.unwrap_or(Precision::Fp32),
             deterministic: self.deterministic.unwrap_or(true),
