@@ -98,6 +98,9 @@ pub struct Metric {
 #[derive(Debug, Deserialize)]
 pub struct Node {
     pub id: NodeId,
+    /// None of a checkpoint that came from outside.
+    pub job: Option<JobId>,
+    pub name: Option<String>,
     pub step: i64,
     pub restart: i64,
     #[serde(default)]

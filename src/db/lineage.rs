@@ -12,11 +12,13 @@ use crate::domain::{
 pub struct NodeRow {
     pub id: NodeId,
     pub kind: NodeKind,
-    pub job: JobId,
+    /// Null for an import.
+    pub job: Option<JobId>,
+    pub name: Option<String>,
     pub parent: Option<NodeId>,
     pub step: i64,
     pub restart: i64,
-    pub lease_epoch: i64,
+    pub lease_epoch: Option<i64>,
     pub superseded: bool,
     pub created_at: DateTime<Utc>,
 }
@@ -52,8 +54,8 @@ pub async fn list(
         NodeRow,
         r#"
         -- db::lineage::list
-        select id as "id: NodeId", kind as "kind: NodeKind", job_id as "job: JobId", parent_id as "parent: NodeId",
-            step, restart, lease_epoch, superseded, created_at
+        select id as "id: NodeId", kind as "kind: NodeKind", job_id as "job: JobId", name,
+            parent_id as "parent: NodeId", step, restart, lease_epoch, superseded, created_at
         from nodes
         where project_id = $1 and kind = $2
             and ($3::text is null or id = $3)

@@ -9,6 +9,7 @@ use std::{
 };
 
 use super::{
+    checkpoint,
     data::Dataset,
     device,
     error::TrainError,
@@ -42,6 +43,9 @@ pub struct Args {
     /// The state to go on from, such as `OUT/states/120`.
     #[arg(long)]
     pub resume: Option<PathBuf>,
+    /// The folder of a checkpoint to begin with. A state that is gone on from holds what came of it.
+    #[arg(long)]
+    pub weights: Option<PathBuf>,
     /// This process among those of the job.
     #[arg(long, default_value_t = 0)]
     pub rank: i64,
@@ -103,7 +107,10 @@ pub fn train(
     let (out_dir, eos_token_id) = (args.out.clone(), dataset.tokenization.eos_token_id);
     let mut nodes = Nodes::new(out_dir, events.clone(), args.data.clone(), eos_token_id, fingerprint.clone());
     let (weights, state, written_by) = match &args.resume {
-        None => (Weights::initial(&spec.model, spec.seed, device), LoopState::new(), fingerprint.clone()),
+        None => {
+            let weights = checkpoint::first_weights(args.weights.as_deref(), &spec, device)?;
+            (weights, LoopState::new(), fingerprint.clone())
+        }
         Some(state_dir) => resume(state_dir, &spec, device)?,
     };
     if let Some(state_dir) = args.resume.as_deref().filter(|dir| lies_in(dir, &args.out)) {

@@ -128,8 +128,16 @@ pub fn try_train(
         fs::create_dir(&data).expect("create data");
         write_data(&data);
     }
-    let args =
-        Args { spec: dir.join("spec.json"), data, out: dir.join("out"), resume, rank: 0, world_size: 1, threads: None };
+    let args = Args {
+        spec: dir.join("spec.json"),
+        data,
+        out: dir.join("out"),
+        resume,
+        weights: None,
+        rank: 0,
+        world_size: 1,
+        threads: None,
+    };
     let (commands, receiver) = mpsc::channel();
     let events = Arc::new(Mutex::new(Vec::new()));
     let recorder = Recorder { events: Arc::clone(&events), stop_after, commands: commands.clone() };

@@ -182,6 +182,10 @@ pub enum EndOfText {
     Token(String),
 }
 
+/// Where [`end_of_text`] looks.
+pub const END_OF_TEXT_FILES: [&str; 4] =
+    [TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, GENERATION_CONFIG_FILE, CONFIG_FILE];
+
 /// Finds the end-of-text token of a checkpoint. The tokenizer's own word comes first: a model's configuration has an
 /// id by default, whatever its tokenizer. `read` gives a file's content if the checkpoint has the file.
 pub fn end_of_text(read: impl Fn(&str) -> Option<Value>) -> Option<EndOfText> {

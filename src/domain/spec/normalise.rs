@@ -128,7 +128,7 @@ fn fill_in_model(
     sequence_length: i64,
 ) -> ModelSpec {
     let Some(request) = request else {
-        check.problem("/model", "is required: name a preset, or give the sizes");
+        check.problem("/model", "is required: name a preset, give the sizes, or name an init_checkpoint");
         return ModelSpec::smallest();
     };
     let preset = request.preset.as_deref().and_then(presets::find);
