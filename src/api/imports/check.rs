@@ -12,7 +12,7 @@ use crate::{
     domain::{
         checkpoint::{
             CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, MAX_PROBLEMS, SPECIAL_TOKENS_FILE, Shard, check_index,
-            check_set, check_tensors, header_bytes, is_weights, max_bytes, model_of_config, read_header,
+            check_set, check_tensors, header_bytes, is_weights, max_bytes, read_config, read_header,
         },
         data::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE},
         problem::Problem,
@@ -28,12 +28,10 @@ pub async fn check(store: &Store, files: &[StoredFile]) -> ApiResult<ModelSpec> 
     let json = read_json(store, files, &mut problems).await?;
     let find = |name: &str| json.iter().find(|(known, _)| known == name).map(|(_, json)| json.clone());
 
-    let model = find(CONFIG_FILE).and_then(|config| match model_of_config(config) {
-        Ok(model) => Some(model),
-        Err(more) => {
-            problems.extend(more.into_iter().map(|problem| problem.within(CONFIG_FILE)));
-            None
-        }
+    let model = find(CONFIG_FILE).and_then(|config| {
+        let (model, more) = read_config(config);
+        problems.extend(more.into_iter().map(|problem| problem.within(CONFIG_FILE)));
+        model
     });
     if let Some(shards) = read_headers(store, files, &mut problems).await?.filter(|_| is_complete) {
         problems.extend(model.iter().flat_map(|model| check_tensors(model, &shards)));

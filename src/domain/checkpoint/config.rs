@@ -1,5 +1,7 @@
 //! `config.json` of `transformers`: the model that it describes, if that is one which is computed here exactly.
 
+use std::collections::BTreeSet;
+
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -53,17 +55,28 @@ struct Rope {
     partial_rotary_factor: Option<f64>,
 }
 
-/// The model of a configuration, or everything that keeps it from being one; pointers begin at the configuration.
-/// What it leaves out has the default that `transformers` gives it.
+/// The model of a configuration, or everything that keeps it from being one that is computed here; pointers begin at
+/// the configuration.
 pub fn model_of_config(config: Value) -> Result<ModelSpec, Vec<Problem>> {
+    match read_config(config) {
+        (Some(model), problems) if problems.is_empty() => Ok(model),
+        (_, problems) => Err(problems),
+    }
+}
+
+/// The sizes that a configuration gives, if they make a model, and everything that is wrong with it: a model that is
+/// computed in another way still has tensors that can be checked. What it leaves out has the default that
+/// `transformers` gives it.
+pub fn read_config(config: Value) -> (Option<ModelSpec>, Vec<Problem>) {
     let (config, problems) = json::parse::<Config>(config);
     let mut check = Check { problems };
-    config.refuse_other_functions(&mut check);
     let model = config.model(&mut check);
+    let model = check.problems.is_empty().then_some(model);
+    config.refuse_other_functions(&mut check);
     // What was taken out as unreadable is not missing as well.
-    let mut seen = std::collections::BTreeSet::new();
+    let mut seen = BTreeSet::new();
     check.problems.retain(|problem| seen.insert(problem.pointer.clone()));
-    if check.problems.is_empty() { Ok(model) } else { Err(check.problems) }
+    (model, check.problems)
 }
 
 impl Config {

@@ -8,7 +8,7 @@ mod files;
 mod tensors;
 mod weights;
 
-pub use config::{END_OF_TEXT_FILES, EndOfText, end_of_text, model_of_config};
+pub use config::{END_OF_TEXT_FILES, EndOfText, end_of_text, model_of_config, read_config};
 pub use files::{
     CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, SPECIAL_TOKENS_FILE, TAKEN_FILES, TOKENIZER_FILES, check_set,
     is_staged, is_taken, is_weights, max_bytes,
