@@ -1,7 +1,7 @@
-"""A `relora serve` of one's own: on a free port, with a data folder that goes when it goes.
+"""A `relora serve` of one's own: on a free port, with a data folder that goes when it goes, unless one is named.
 
-Used by scripts/demo and scripts/bench-service. Everything that it starts is stopped in `close`, and
-what then still runs is an error.
+Used by scripts/demo, scripts/bench-service and experiments/. Everything that it starts is stopped in
+`close`, and what then still runs is an error.
 """
 
 import ctypes
@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -32,9 +33,15 @@ class Failure(Exception):
 class LocalServer:
     """The server, the client that talks to it, and the folder of both."""
 
-    def __init__(self, log_path):
-        self.data_dir = pathlib.Path(tempfile.mkdtemp(prefix="relora-demo-", dir=_parent_of_data()))
-        self.data_dir.chmod(0o755)  # as root the database runs as another user
+    def __init__(self, log_path, data_dir=None):
+        """Without `data_dir` everything is new and is removed in `close`; a folder that is named stays."""
+        self.keeps_data = data_dir is not None
+        if self.keeps_data:
+            self.data_dir = pathlib.Path(data_dir).resolve()
+            self.data_dir.mkdir(parents=True, exist_ok=True)
+        else:
+            self.data_dir = pathlib.Path(tempfile.mkdtemp(prefix="relora-demo-", dir=_parent_of_data()))
+            self.data_dir.chmod(0o755)  # as root the database runs as another user
         self.log_path = log_path
         self.process = None
         # Settings of the caller's own server must not leak into this one; the cache folder is no such setting.
@@ -47,6 +54,7 @@ class LocalServer:
     def start(self):
         """Starts `relora serve`, waits until it is ready, and returns how long that took, in seconds."""
         started = time.monotonic()
+        self.old_client_file = self._client_file_version()
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(
                 [RELORA, "serve"], env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -62,10 +70,21 @@ class LocalServer:
         raise Failure("relora serve was not ready after 60 s")
 
     def _is_ready(self):
+        # An earlier server's port may be another's by now.
+        if self._client_file_version() == self.old_client_file:
+            return False
         try:
             return self.get("/readyz")["ready"]
         except (OSError, ValueError, KeyError):
             return False
+
+    def _client_file_version(self):
+        """Tells a client.json from the one of an earlier start; None without one."""
+        try:
+            status = (self.data_dir / "client.json").stat()
+        except FileNotFoundError:
+            return None
+        return status.st_ino, status.st_mtime_ns
 
     def stop(self):
         """Asks the server to end, and waits until it has."""
@@ -83,14 +102,15 @@ class LocalServer:
             raise Failure(f"relora serve ended with exit code {code}")
 
     def close(self):
-        """Stops everything and removes the data folder."""
+        """Stops everything and removes the data folder, unless it is to stay."""
         signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
         before = [signal.signal(number, signal.SIG_IGN) for number in signals]
         try:
             self.stop()
         finally:
             self._end_left_over()
-            shutil.rmtree(self.data_dir, ignore_errors=True)
+            if not self.keeps_data:
+                shutil.rmtree(self.data_dir, ignore_errors=True)
             for number, handler in zip(signals, before):
                 signal.signal(number, handler)
 
@@ -120,16 +140,35 @@ class LocalServer:
         status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
-    def request(self, path, headers=None):
-        """An open answer of the API."""
+    def request(self, path, headers=None, body=None):
+        """An open answer of the API; a body makes it a POST."""
         client = json.loads((self.data_dir / "client.json").read_text())
         headers = {"Authorization": f"Bearer {client['api_key']}"} | (headers or {})
-        return self.opener.open(urllib.request.Request(client["url"] + path, headers=headers), timeout=60)
+        return self.opener.open(urllib.request.Request(client["url"] + path, body, headers), timeout=60)
 
     def get(self, path):
         """A JSON answer of the API."""
         with self.request(path) as answer:
             return json.load(answer)
+
+    def post(self, path, document=None):
+        """Posts JSON and returns the JSON answer; what the API refuses is told with its reasons."""
+        body = json.dumps(document).encode() if document is not None else b""
+        try:
+            with self.request(path, {"Content-Type": "application/json"}, body) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            reasons = error.read().decode(errors="replace")
+            raise Failure(f"POST {path} was refused with status {error.code}: {reasons}") from None
+
+    def pages(self, path, **query):
+        """Every item of a list, page by page."""
+        while True:
+            page = self.get(f"{path}?{urllib.parse.urlencode(query)}")
+            yield from page["data"]
+            if page["next_cursor"] is None:
+                return
+            query["cursor"] = page["next_cursor"]
 
     def relora(self, *arguments):
         """Runs a client command with the terminal; returns its exit code."""
@@ -145,7 +184,7 @@ class LocalServer:
     def events(self, job_id):
         """Every event of a job."""
         events, after = [], 0
-        while page := self.get(f"/v1/jobs/{job_id}/events?after={after}")["data"]:
+        while page := self.get(f"/v1/jobs/{job_id}/events?after={after}&limit=500")["data"]:
             events += page
             after = page[-1]["seq"]
         return events
@@ -179,4 +218,5 @@ def raise_on_signals():
         raise KeyboardInterrupt(signal.Signals(number).name)
 
     signal.signal(signal.SIGTERM, unwind)
-    signal.signal(signal.SIGHUP, unwind)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else nohup asked for it
+        signal.signal(signal.SIGHUP, unwind)

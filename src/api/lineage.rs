@@ -1,6 +1,6 @@
 //! Bases, restarts and checkpoints: three collections of one kind of thing, the nodes of a lineage.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use axum::{
     http::{HeaderMap, Method},
@@ -22,6 +22,7 @@ use crate::{
     domain::{
         ids::{JobId, NodeId},
         lineage::NodeKind,
+        spec::Linear,
     },
     storage::Key,
 };
@@ -48,6 +49,8 @@ pub struct Node {
     lease_epoch: Option<i64>,
     /// A later attempt went on from an earlier state: it is no part of the lineage any more.
     superseded: bool,
+    /// Of a restart: the Frobenius norm of the update that it merged, by kind of matrix.
+    update_norms: Option<BTreeMap<Linear, f64>>,
     created_at: DateTime<Utc>,
     /// Of all files together.
     size_bytes: i64,
@@ -187,6 +190,7 @@ fn response(row: NodeRow, files: &[NodeFileRow]) -> Node {
         restart: row.restart,
         lease_epoch: row.lease_epoch,
         superseded: row.superseded,
+        update_norms: row.update_norms.map(|norms| norms.0),
         created_at: row.created_at,
     }
 }

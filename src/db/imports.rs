@@ -62,7 +62,7 @@ pub async fn find_facts(
     .await?;
     Ok(row.and_then(|row| {
         let of_import = row.model.map(|model| model.0);
-        let model = of_import.or_else(|| row.spec.map(|spec| spec.0.model))?;
+        let model = of_import.or_else(|| row.spec.map(|spec| spec.0.trained_model()))?;
         Some(InitFacts { model, tokenizer_sha256: row.tokenizer_sha256 })
     }))
 }

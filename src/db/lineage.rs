@@ -1,11 +1,14 @@
 //! The lineage of jobs' weights as their owners see it.
 
+use std::collections::BTreeMap;
+
 use chrono::{DateTime, Utc};
-use sqlx::PgPool;
+use sqlx::{PgPool, types::Json};
 
 use crate::domain::{
     ids::{JobId, NodeId, ProjectId},
     lineage::NodeKind,
+    spec::Linear,
 };
 
 #[derive(Debug)]
@@ -20,6 +23,7 @@ pub struct NodeRow {
     pub restart: i64,
     pub lease_epoch: Option<i64>,
     pub superseded: bool,
+    pub update_norms: Option<Json<BTreeMap<Linear, f64>>>,
     pub created_at: DateTime<Utc>,
 }
 
@@ -55,7 +59,8 @@ pub async fn list(
         r#"
         -- db::lineage::list
         select id as "id: NodeId", kind as "kind: NodeKind", job_id as "job: JobId", name,
-            parent_id as "parent: NodeId", step, restart, lease_epoch, superseded, created_at
+            parent_id as "parent: NodeId", step, restart, lease_epoch, superseded, created_at,
+            update_norms as "update_norms: Json<BTreeMap<Linear, f64>>"
         from nodes
         where project_id = $1 and kind = $2
             and ($3::text is null or id = $3)

@@ -6,7 +6,7 @@ use sqlx::{PgConnection, PgPool};
 use super::{
     events::{self, NewEvent},
     leases::{self, Lease, WriteError},
-    training,
+    training::{self, Metric},
 };
 use crate::domain::{
     contract::NodeReport,
@@ -58,11 +58,12 @@ pub async fn commit(
     let mut tx = pool.begin().await?;
     leases::fence(&mut tx, lease).await?;
     let id = NodeId::new();
+    let update_norms = (!report.update_norms.is_empty()).then(|| json!(report.update_norms));
     let node = sqlx::query_scalar!(
         r#"
         -- db::nodes::commit
-        insert into nodes (id, project_id, job_id, kind, lease_epoch, step, restart, parent_id)
-        values ($1, $2, $3, $4, $5, $6, $7, coalesce(
+        insert into nodes (id, project_id, job_id, kind, lease_epoch, step, restart, update_norms, parent_id)
+        values ($1, $2, $3, $4, $5, $6, $7, $8, coalesce(
             (
                 select id from nodes
                 where job_id = $3 and kind in ('base', 'restart') and not superseded
@@ -81,6 +82,7 @@ pub async fn commit(
         lease.lease_epoch,
         report.step,
         report.restart,
+        update_norms,
     )
     .fetch_optional(&mut *tx)
     .await?;
@@ -89,14 +91,22 @@ pub async fn commit(
     if report.kind == NodeKind::State {
         forget_infra_failures(&mut tx, lease).await?;
     }
-    let stall_ms = [(report.step, "checkpoint_stall_ms", report.stall_ms as f64)];
-    training::insert_metrics(&mut tx, lease, job, &stall_ms).await?;
+    training::insert_metrics(&mut tx, lease, job, &metrics(report)).await?;
     let (kind, message) = announcement(report);
-    let data = json!({"id": node, "step": report.step, "restart": report.restart, "stall_ms": report.stall_ms});
+    let mut data = json!({"id": node, "step": report.step, "restart": report.restart, "stall_ms": report.stall_ms});
+    if let Some(norms) = update_norms {
+        data["update_norms"] = norms;
+    }
     events::append(&mut tx, job, NewEvent { kind, lease_epoch: Some(lease.lease_epoch), message: &message, data })
         .await?;
     tx.commit().await?;
     Ok(())
+}
+
+fn metrics(report: &NodeReport) -> Vec<Metric> {
+    let norms = report.update_norms.iter();
+    let norms = norms.map(|(linear, norm)| (report.step, format!("update_norm_{}", linear.name()).into(), *norm));
+    norms.chain([(report.step, "checkpoint_stall_ms".into(), report.stall_ms as f64)]).collect()
 }
 
 fn announcement(report: &NodeReport) -> (EventType, String) {

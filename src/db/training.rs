@@ -1,5 +1,7 @@
 //! What a worker writes about a training job. Every function is fenced by the lease of its attempt.
 
+use std::borrow::Cow;
+
 use serde_json::json;
 use sqlx::{PgConnection, PgPool};
 
@@ -13,6 +15,9 @@ use crate::domain::{
     job::{EventType, Failure, JobState},
     spec::TrainSpec,
 };
+
+/// A step, the name of what was measured after it, and its value.
+pub type Metric = (i64, Cow<'static, str>, f64);
 
 /// A job whose attempt has begun.
 #[derive(Debug)]
@@ -145,10 +150,10 @@ pub async fn append_steps(pool: &PgPool, lease: &Lease, job: &JobId, steps: &[St
     let mut metrics = Vec::with_capacity(4 * steps.len());
     for step in steps {
         metrics.extend([
-            (step.step, "loss", step.loss),
-            (step.step, "grad_norm", step.grad_norm),
-            (step.step, "learning_rate", step.learning_rate),
-            (step.step, "tokens_per_s", step.tokens_per_s),
+            (step.step, "loss".into(), step.loss),
+            (step.step, "grad_norm".into(), step.grad_norm),
+            (step.step, "learning_rate".into(), step.learning_rate),
+            (step.step, "tokens_per_s".into(), step.tokens_per_s),
         ]);
     }
     let mut tx = pool.begin().await?;
@@ -186,7 +191,7 @@ pub async fn append_event(
     lease: &Lease,
     job: &JobId,
     event: NewEvent<'_>,
-    metrics: &[(i64, &str, f64)],
+    metrics: &[Metric],
 ) -> Result<(), WriteError> {
     let mut tx = pool.begin().await?;
     leases::fence(&mut tx, lease).await?;
@@ -196,15 +201,15 @@ pub async fn append_event(
     Ok(())
 }
 
-/// Enters (step, name, value) triples; what is there already is left as it is.
+/// Enters metrics; what is there already is left as it is.
 pub(super) async fn insert_metrics(
     connection: &mut PgConnection,
     lease: &Lease,
     job: &JobId,
-    metrics: &[(i64, &str, f64)],
+    metrics: &[Metric],
 ) -> sqlx::Result<()> {
     let steps: Vec<i64> = metrics.iter().map(|(step, _, _)| *step).collect();
-    let names: Vec<String> = metrics.iter().map(|(_, name, _)| (*name).to_owned()).collect();
+    let names: Vec<String> = metrics.iter().map(|(_, name, _)| name.to_string()).collect();
     let values: Vec<f64> = metrics.iter().map(|(_, _, value)| *value).collect();
     sqlx::query!(
         r#"

@@ -1,12 +1,14 @@
 //! The contract between the worker and its trainer process: one JSON document per line, commands on
 //! the trainer's stdin, events on its stdout. Logs go to stderr.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
-use super::{job::FailureKind, lineage::NodeKind};
+use super::{job::FailureKind, lineage::NodeKind, spec::Linear};
 
 /// Version of this contract and of the state files. A worker claims only what its trainer understands.
-pub const FORMAT_VERSION: i64 = 1;
+pub const FORMAT_VERSION: i64 = 2;
 
 /// What the worker asks of a running trainer. End of file means that the worker is gone: stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +39,16 @@ pub enum Event {
     Eval { step: i64, loss: f64, perplexity: f64, num_tokens: i64 },
     /// A node of the lineage is complete on disk under its final name.
     Node(NodeReport),
+    /// The optimizer state of the factors was reset after `step` updates.
+    OptimizerReset {
+        step: i64,
+        /// Counted from 1.
+        reset: i64,
+        /// Share of the moments' entries that are zero now.
+        cleared_frac: f64,
+    },
+    /// How much rank W - W(warm start) has after a restart, by kind of matrix.
+    Ranks { step: i64, restart: i64, threshold: f64, kinds: BTreeMap<Linear, RankCount> },
     /// Text generated from one of the spec's prompts, which it begins with.
     Sample { step: i64, prompt: String, text: String },
     /// Something that the user should know and that does not end the run.
@@ -64,7 +76,7 @@ pub struct StepReport {
     pub num_restarts: i64,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct NodeReport {
     pub kind: NodeKind,
     pub step: i64,
@@ -74,6 +86,17 @@ pub struct NodeReport {
     pub files: Vec<NodeFile>,
     /// How long the training loop stood still for this node: the copy of the tensors, ms.
     pub stall_ms: i64,
+    /// Of a restart: the Frobenius norm of what it merged, by kind of matrix.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub update_norms: BTreeMap<Linear, f64>,
+}
+
+/// Singular values of all matrices of a kind.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RankCount {
+    /// Those above the threshold.
+    pub num_above: i64,
+    pub num_values: i64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

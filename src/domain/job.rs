@@ -96,6 +96,8 @@ pub enum EventType {
     Claimed,
     Started,
     Eval,
+    OptimizerReset,
+    Ranks,
     Sample,
     Base,
     Restart,

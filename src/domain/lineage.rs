@@ -56,6 +56,9 @@ pub fn manifest<'a>(
 /// The frozen weights of a cycle (fp32), which every state of that cycle names.
 pub const FROZEN_FILE: &str = "frozen.safetensors";
 
+/// The frozen weights at the warm start, which states name where ranks are reported: those of the first cycle.
+pub const START_FILE: &str = "start.safetensors";
+
 /// Where the frozen weights of the cycle after `restart` lie in the trainer's output directory.
 pub fn frozen_path(restart: i64) -> String {
     format!("frozen/{restart}/{FROZEN_FILE}")

@@ -5,16 +5,16 @@
 
 use std::f64::consts::PI;
 
-use super::spec::{RestartLr, TrainSpec};
+use super::spec::{ReloraSpec, RestartLr, RestartSchedule, TrainSpec};
 
 /// The schedule of one job.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Schedule {
     pub num_steps: i64,
-    /// Full-rank updates before the model is wrapped; `num_steps` if it never is.
-    pub full_rank_steps: i64,
-    full_rank_lr: f64,
-    full_rank_warmup_steps: i64,
+    /// Updates of the first phase, before the model is wrapped; `num_steps` if it never is.
+    pub first_phase_steps: i64,
+    first_lr: f64,
+    first_warmup_steps: i64,
     min_lr_frac: f64,
     low_rank_lr: f64,
     low_rank_warmup_steps: i64,
@@ -22,27 +22,51 @@ pub struct Schedule {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Restarts {
-    pub every_steps: i64,
-    pub warmup_steps: i64,
-    pub lr: RestartLr,
+struct Restarts {
+    every_steps: i64,
+    reset_every_steps: i64,
+    warmup_steps: i64,
+    schedule: RestartSchedule,
+    lr: RestartLr,
+}
+
+impl Restarts {
+    fn of(relora: &ReloraSpec) -> Self {
+        Self {
+            every_steps: relora.restart_every_steps,
+            reset_every_steps: relora.reset_every_steps,
+            warmup_steps: relora.restart_warmup_steps,
+            schedule: relora.restart_schedule,
+            lr: relora.restart_lr,
+        }
+    }
+
+    /// The learning rate of the low-rank phase, as a share of its peak.
+    fn factor(self, t: i64, total: i64, first_warmup_steps: i64, min_lr_frac: f64) -> f64 {
+        match self.schedule {
+            RestartSchedule::Jagged => jagged_cosine(t, total, first_warmup_steps, self, min_lr_frac),
+            RestartSchedule::Cyclical => cyclical_cosine(t, self.reset_every_steps, first_warmup_steps, min_lr_frac),
+            RestartSchedule::Plain => cosine_with_warmup(t, total, first_warmup_steps, min_lr_frac),
+        }
+    }
 }
 
 impl Schedule {
     pub fn new(spec: &TrainSpec) -> Self {
         let num_steps = spec.schedule.num_steps;
+        let lora = spec.method.lora();
         Self {
             num_steps,
-            full_rank_steps: spec.method.full_rank_steps(num_steps),
-            full_rank_lr: match spec.method.low_rank() {
+            first_phase_steps: lora.map_or(num_steps, |lora| lora.warm_start_steps),
+            first_lr: match lora {
                 Some(_) => spec.optimizer.warm_start_learning_rate,
                 None => spec.optimizer.learning_rate,
             },
-            full_rank_warmup_steps: spec.schedule.warmup_steps,
+            first_warmup_steps: spec.schedule.warmup_steps,
             min_lr_frac: spec.schedule.min_lr_frac,
             low_rank_lr: spec.optimizer.learning_rate,
-            low_rank_warmup_steps: spec.method.low_rank().map_or(0, |l| l.warmup_steps),
-            restarts: spec.method.restarts(),
+            low_rank_warmup_steps: lora.map_or(0, |lora| lora.relora_warmup_steps),
+            restarts: spec.method.relora().map(Restarts::of),
         }
     }
 
@@ -51,30 +75,44 @@ impl Schedule {
     /// The warm start follows the cosine of the whole run and is stopped high on it; the low-rank
     /// phase has a clock of its own, from 0, and a cosine over what remains (relora.md 1.8, 1.10).
     pub fn learning_rate(&self, t: i64) -> f64 {
-        if t < self.full_rank_steps {
-            let factor = cosine_with_warmup(t, self.num_steps, self.full_rank_warmup_steps, self.min_lr_frac);
-            return self.full_rank_lr * factor;
+        if t < self.first_phase_steps {
+            return self.first_lr * cosine_with_warmup(t, self.num_steps, self.first_warmup_steps, self.min_lr_frac);
         }
-        let (t, total) = (t - self.full_rank_steps, self.num_steps - self.full_rank_steps);
+        let (t, total) = (t - self.first_phase_steps, self.num_steps - self.first_phase_steps);
         let factor = match self.restarts {
             None => cosine_with_warmup(t, total, self.low_rank_warmup_steps, self.min_lr_frac),
-            Some(restarts) => jagged_cosine(t, total, self.low_rank_warmup_steps, restarts, self.min_lr_frac),
+            Some(restarts) => restarts.factor(t, total, self.low_rank_warmup_steps, self.min_lr_frac),
         };
         self.low_rank_lr * factor
     }
 
     /// Whether the model is wrapped with LoRA factors after `done` updates, before the next one.
     pub fn wraps_after(&self, done: i64) -> bool {
-        done == self.full_rank_steps && done < self.num_steps
+        done == self.first_phase_steps && done < self.num_steps
     }
 
     /// The number (from 1) of the restart that falls after `done` updates, if one does. The last
     /// cycle ends with one too: K cycles give K restarts.
     pub fn restart_after(&self, done: i64) -> Option<i64> {
         let every_steps = self.restarts?.every_steps;
-        let cycles_done = done - self.full_rank_steps;
-        let falls_here = cycles_done > 0 && (cycles_done % every_steps == 0 || done == self.num_steps);
-        falls_here.then(|| (cycles_done + every_steps - 1) / every_steps)
+        let low_rank_done = done - self.first_phase_steps;
+        let falls_here = low_rank_done > 0 && (low_rank_done % every_steps == 0 || done == self.num_steps);
+        falls_here.then(|| (low_rank_done + every_steps - 1) / every_steps)
+    }
+
+    /// The updates done when a restart falls.
+    pub fn restart_step(&self, restart: i64) -> i64 {
+        let every_steps = self.restarts.map_or(0, |restarts| restarts.every_steps);
+        (self.first_phase_steps + restart * every_steps).min(self.num_steps)
+    }
+
+    /// The number (from 1) of the optimizer reset that falls after `done` updates, if one does. The end of the run
+    /// has none: nothing would come of it.
+    pub fn reset_after(&self, done: i64) -> Option<i64> {
+        let every_steps = self.restarts?.reset_every_steps;
+        let low_rank_done = done - self.first_phase_steps;
+        let falls_here = low_rank_done > 0 && low_rank_done % every_steps == 0 && done < self.num_steps;
+        falls_here.then_some(low_rank_done / every_steps)
     }
 
     /// Restarts in the whole run.
@@ -100,11 +138,12 @@ fn cosine_with_warmup(t: i64, total: i64, warmup_steps: i64, min_lr_frac: f64) -
     cosine(progress(t, total, warmup_steps), min_lr_frac)
 }
 
-/// The jagged cosine (relora.md 1.8 b): at every restart the rate falls and climbs back, over
+/// The jagged cosine (relora.md 1.8 b): at every reset the rate falls and climbs back, over
 /// `warmup_steps` updates, to the value where it joins the cosine again.
 fn jagged_cosine(t: i64, total: i64, first_warmup_steps: i64, restarts: Restarts, min_lr_frac: f64) -> f64 {
-    let (cycle_start, since_restart) = (t - t % restarts.every_steps, t % restarts.every_steps);
-    if t < restarts.every_steps || since_restart >= restarts.warmup_steps {
+    let cycle_steps = restarts.reset_every_steps;
+    let (cycle_start, since_restart) = (t - t % cycle_steps, t % cycle_steps);
+    if t < cycle_steps || since_restart >= restarts.warmup_steps {
         return cosine_with_warmup(t, total, first_warmup_steps, min_lr_frac);
     }
     let joining = cosine(progress(cycle_start + restarts.warmup_steps, total, first_warmup_steps), min_lr_frac);
@@ -115,12 +154,23 @@ fn jagged_cosine(t: i64, total: i64, first_warmup_steps: i64, restarts: Restarts
     joining * climbed_steps as f64 / restarts.warmup_steps as f64
 }
 
+/// The cyclical cosine (relora.md 1.8 a): every cycle warms up to the full peak and falls to the floor. The rate of the
+/// first two updates of a later cycle is next to nothing.
+fn cyclical_cosine(t: i64, cycle_steps: i64, warmup_steps: i64, min_lr_frac: f64) -> f64 {
+    const NEXT_TO_NOTHING: f64 = 1e-7;
+    let since_start = t % cycle_steps;
+    if t >= cycle_steps && since_start < warmup_steps.min(2) {
+        return NEXT_TO_NOTHING;
+    }
+    cosine_with_warmup(since_start, cycle_steps, warmup_steps, min_lr_frac)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn restarts(every_steps: i64, warmup_steps: i64, lr: RestartLr) -> Restarts {
-        Restarts { every_steps, warmup_steps, lr }
+        Restarts { every_steps, reset_every_steps: every_steps, warmup_steps, schedule: RestartSchedule::Jagged, lr }
     }
 
     fn assert_close(got: f64, want: f64, at: i64) {
@@ -155,6 +205,17 @@ mod tests {
     }
 
     #[test]
+    fn cyclical_cosine_follows_the_published_vector() {
+        // relora.md 1.8: w = 3, L = 10, m = 0.1.
+        let want = [
+            0.0, 0.33333, 0.66667, 1.0, 0.95544, 0.83057, 0.65013, 0.44987, 0.26943, 0.14456, 1e-7, 1e-7, 0.66667, 1.0,
+        ];
+        for (t, want) in (0..).zip(want) {
+            assert_close(cyclical_cosine(t, 10, 3, 0.1), want, t);
+        }
+    }
+
+    #[test]
     fn recommended_restart_begins_at_one_over_w_of_the_joining_value() {
         for (t, want) in (10..).zip([0.28940, 0.57880, 0.86820, 0.86820]) {
             assert_close(jagged_cosine(t, 40, 4, restarts(10, 3, RestartLr::OneOverW), 0.1), want, t);
@@ -165,9 +226,9 @@ mod tests {
     fn restarts_fall_between_cycles_and_at_the_end() {
         let schedule = Schedule {
             num_steps: 45,
-            full_rank_steps: 10,
-            full_rank_lr: 1e-3,
-            full_rank_warmup_steps: 2,
+            first_phase_steps: 10,
+            first_lr: 1e-3,
+            first_warmup_steps: 2,
             min_lr_frac: 0.1,
             low_rank_lr: 2e-3,
             low_rank_warmup_steps: 2,
@@ -177,6 +238,17 @@ mod tests {
         assert_eq!(falls, [(20, 1), (30, 2), (40, 3), (45, 4)]);
         assert_eq!((0..=45).filter(|&done| schedule.wraps_after(done)).collect::<Vec<_>>(), [10]);
         assert_eq!(schedule.num_restarts(), 4);
+        let resets =
+            |schedule: &Schedule| (0..=45).filter(|&done| schedule.reset_after(done).is_some()).collect::<Vec<_>>();
+        assert_eq!(resets(&schedule), [20, 30, 40]);
+
+        // Merges every 5 updates, resets every 15: "online" ReLoRA.
+        let restarts = Restarts { every_steps: 5, reset_every_steps: 15, ..restarts(5, 3, RestartLr::OneOverW) };
+        let online = Schedule { restarts: Some(restarts), ..schedule };
+        assert_eq!(online.num_restarts(), 7);
+        assert_eq!(resets(&online), [25, 40]);
+        assert!(online.learning_rate(24) > 2.0 * online.learning_rate(25));
+        assert!(online.learning_rate(30) > 0.9 * online.learning_rate(29), "a merge alone leaves the rate");
     }
 
     #[test]

@@ -27,12 +27,6 @@ impl Group {
         change *= learning_rate / correction1;
         self.values -= change;
     }
-
-    /// Moments and update count back to zero.
-    pub fn reset_optimizer(&mut self) {
-        let _ = (self.exp_avg.zero_(), self.exp_avg_sq.zero_());
-        self.num_updates = 0;
-    }
 }
 
 #[cfg(test)]
@@ -80,8 +74,5 @@ mod tests {
                 assert!((got - want).abs() < 2e-6, "parameter {index}: got {got}, want {want}");
             }
         }
-
-        group.reset_optimizer();
-        assert_eq!((group.num_updates, group.exp_avg.norm().double_value(&[])), (0, 0.0));
     }
 }

@@ -16,20 +16,24 @@ use crate::domain::{
     },
     job::FailureKind,
     problem::Problem,
-    spec::{ModelSpec, TrainSpec},
+    spec::{MethodSpec, ModelSpec, TrainSpec},
 };
 
 /// The weights before the first update: those of the checkpoint in `folder`, or drawn.
 pub fn first_weights(folder: Option<&Path>, spec: &TrainSpec, device: Device) -> Result<Weights, TrainError> {
     let Some(folder) = folder else {
         return match &spec.init_checkpoint {
-            None => Ok(Weights::initial(&spec.model, spec.seed, device)),
+            None => Ok(Weights::initial(spec, device)),
             Some(id) => {
                 let message = format!("the spec begins with the checkpoint {id}: name its folder with --weights");
                 Err(TrainError::new(FailureKind::UserConfig, message))
             }
         };
     };
+    if matches!(spec.method, MethodSpec::Factorized(_) | MethodSpec::Control(_)) {
+        let message = "/method/type trains other matrices than a checkpoint has: leave out --weights";
+        return Err(TrainError::new(FailureKind::UserConfig, message));
+    }
     let model = read_model(folder)?;
     let differs: Vec<_> =
         model.differences(&spec.model).into_iter().map(|(name, has)| format!("/model/{name} ({has} there)")).collect();
@@ -141,8 +145,8 @@ mod tests {
     fn given_checkpoint() -> (tempfile::TempDir, TrainSpec, Weights) {
         let folder = test_support::scratch_dir();
         let spec = test_support::spec(json!({"init_checkpoint": "node_1"}));
-        let weights = Weights::initial(&spec.model, 5, Device::Cpu);
-        tensor_file::write(&folder.path().join(MODEL_FILE), &weights.merged(0.0)).unwrap();
+        let weights = Weights::initial(&TrainSpec { seed: 5, ..spec.clone() }, Device::Cpu);
+        tensor_file::write(&folder.path().join(MODEL_FILE), &weights.merged()).unwrap();
         let config = layout::model_config(&spec.model, 0).to_string();
         fs::write(folder.path().join(CONFIG_FILE), config).unwrap();
         (folder, spec, weights)
@@ -182,7 +186,7 @@ mod tests {
             let error = error(folder.path(), &spec);
             assert!(error.kind == FailureKind::Data && error.message.contains(says), "{error}");
         }
-        let tensors = Weights::initial(&spec.model, 5, Device::Cpu).merged(0.0);
+        let tensors = Weights::initial(&TrainSpec { seed: 5, ..spec.clone() }, Device::Cpu).merged();
         tensor_file::write(&path, &tensors[1..]).unwrap();
         let error = error(folder.path(), &spec);
         assert!(

@@ -4,15 +4,18 @@
 
 use serde_json::{Value, json};
 
-use super::model::LINEARS;
-use crate::domain::spec::{LowRank, ModelSpec};
+use crate::domain::spec::{FactorsSpec, Linear, ModelSpec};
 
-/// Modules that are trained at full rank, by the names under which `peft` replaces them.
-pub fn full_rank_modules(spec: &ModelSpec) -> Vec<&'static str> {
-    let mut modules = vec!["embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"];
-    if !spec.tie_word_embeddings {
+/// Modules that are trained at full rank beside the factors, by the names under which `peft` replaces them.
+fn full_rank_modules(spec: &ModelSpec, factors: &FactorsSpec) -> Vec<&'static str> {
+    let mut modules = vec!["input_layernorm", "post_attention_layernorm", "norm"];
+    if factors.train_embeddings {
+        modules.push("embed_tokens");
+    }
+    if factors.train_head && !spec.tie_word_embeddings {
         modules.push("lm_head");
     }
+    modules.extend(Linear::ALL.into_iter().filter(|l| !factors.target_modules.contains(l)).map(Linear::name));
     modules
 }
 
@@ -52,20 +55,19 @@ pub fn generation_config(eos_token_id: i64) -> Value {
 }
 
 /// `adapter_config.json` of a delta.
-pub fn adapter_config(spec: &ModelSpec, low_rank: LowRank) -> Value {
-    let target_modules = LINEARS.map(|linear| linear.rsplit('.').next());
+pub fn adapter_config(spec: &ModelSpec, factors: &FactorsSpec) -> Value {
     json!({
         "base_model_name_or_path": null,
         "bias": "none",
-        "ensure_weight_tying": spec.tie_word_embeddings,
+        "ensure_weight_tying": spec.tie_word_embeddings && factors.train_embeddings,
         "fan_in_fan_out": false,
         "inference_mode": true,
-        "lora_alpha": low_rank.scale * low_rank.rank as f64,
-        "lora_dropout": low_rank.dropout,
-        "modules_to_save": full_rank_modules(spec),
+        "lora_alpha": factors.scale * factors.rank as f64,
+        "lora_dropout": factors.dropout,
+        "modules_to_save": full_rank_modules(spec, factors),
         "peft_type": "LORA",
-        "r": low_rank.rank,
-        "target_modules": target_modules,
+        "r": factors.rank,
+        "target_modules": factors.target_modules,
         "task_type": "CAUSAL_LM",
         "use_rslora": false,
     })

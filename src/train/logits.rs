@@ -15,7 +15,7 @@ pub fn write(folder: &Path, out: &Path) -> Result<(), TrainError> {
         .map_err(|error| TrainError::new(FailureKind::Data, format!("read rows of tokens from stdin: {error}")))?;
     let _guard = tch::no_grad_guard();
     let weights = checkpoint::read_weights(folder, &spec, Device::Cpu)?;
-    let model = Llama::new(&spec, &weights, None, Precision::Fp32);
+    let model = Llama::new(&spec, &weights, Precision::Fp32);
     let rows: Vec<_> = rows.iter().map(|row| Tensor::from_slice(row)).collect();
     let logits = model.forward(&Tensor::stack(&rows, 0), None).contiguous();
     tensor_file::write(out, &[("logits".into(), logits)])

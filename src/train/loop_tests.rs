@@ -1,12 +1,21 @@
 //! Whole runs, in process: what they leave, and that nothing but the spec decides the weights.
 
-use std::{collections::HashMap, fs, path::Path};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs,
+    path::Path,
+};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tch::Tensor;
 
-use super::test_support::{read_tensors, scratch_dir, spec, train, try_train};
-use crate::domain::{contract::Event, job::FailureKind, lineage::NodeKind};
+use super::test_support::{method, read_tensors, scratch_dir, spec, train, try_train};
+use crate::domain::{
+    contract::{Event, RankCount},
+    job::FailureKind,
+    lineage::NodeKind,
+    spec::{CheckpointsSpec, EvalSpec, Linear, TrainSpec},
+};
 
 fn final_weights(dir: &Path) -> Vec<u8> {
     fs::read(dir.join("out/checkpoints/14/model.safetensors")).expect("final checkpoint")
@@ -49,35 +58,129 @@ fn a_run_reports_its_nodes_in_order_and_learns() {
     }
 }
 
+fn with_method(method: Value) -> Value {
+    json!({"method": method})
+}
+
+/// One of every kind of run whose continuation could go wrong in a way of its own.
+fn every_method() -> Vec<Value> {
+    let factors = json!({
+        "rank": 3, "scale": 2.0, "dropout": 0.2, "target_modules": ["q_proj", "up_proj"], "train_embeddings": true,
+        "train_head": false,
+    });
+    let with = |more: Value| {
+        let mut method = factors.clone();
+        more.as_object().expect("an object").iter().for_each(|(key, value)| method[key] = value.clone());
+        with_method(method)
+    };
+    let reset = |reset: Value| with_method(method(json!({"optimizer_reset": reset, "rank_threshold": 0.001})));
+    vec![
+        with_method(json!({"type": "full"})),
+        with_method(json!({"type": "control", "rank": 3, "hidden_size": 8, "intermediate_size": 20})),
+        with(json!({"type": "factorized"})),
+        with(json!({"type": "lora", "warm_start_steps": 4, "relora_warmup_steps": 2})),
+        with_method(method(json!({}))),
+        json!({"method": method(json!({"dropout": 0.2, "restart_schedule": "cyclical"})), "precision": "bf16"}),
+        with_method(method(json!({"restart_every_steps": 2, "reset_every_steps": 5, "restart_schedule": "plain"}))),
+        reset(json!({"type": "random", "frac": 0.7, "reset_step_count": false, "joint_mask": false})),
+        reset(json!({"type": "magnitude", "frac": 0.7, "reset_step_count": true, "joint_mask": true})),
+    ]
+}
+
 #[test]
 fn a_run_stopped_and_resumed_at_any_step_gives_the_same_bits() {
-    let whole = scratch_dir();
-    train(whole.path(), &spec(json!({})));
-    // In the warm start, around the wrap at 4, around the restart at 9, and in the last cycle.
-    for stop in [2, 3, 4, 5, 8, 9, 10, 13] {
-        let dir = scratch_dir();
-        let first = try_train(dir.path(), &spec(json!({})), None, Some(stop)).expect("train");
-        assert!(matches!(first.last(), Some(Event::Stopped { step }) if *step == stop), "{:?}", first.last());
-        let state = dir.path().join(format!("out/states/{stop}"));
-        let rest = try_train(dir.path(), &spec(json!({})), Some(state), None).expect("resume");
-        assert!(!rest.iter().any(|e| matches!(e, Event::Warning { .. })), "{rest:?}");
-        assert_eq!(nodes(&[first, rest].concat()).iter().filter(|n| n.0 == NodeKind::Restart).count(), 2);
-        assert!(final_weights(dir.path()) == final_weights(whole.path()), "stopped at {stop}");
+    for patch in every_method() {
+        let spec = spec(patch.clone());
+        let whole = scratch_dir();
+        let undisturbed = train(whole.path(), &spec);
+        // In the warm start, around the wrap at 4, around the restart at 9, and in the last cycle.
+        for stop in [2, 3, 4, 5, 8, 9, 10, 13] {
+            let dir = scratch_dir();
+            let first = try_train(dir.path(), &spec, None, Some(stop)).expect("train");
+            assert!(matches!(first.last(), Some(Event::Stopped { step }) if *step == stop), "{:?}", first.last());
+            let state = dir.path().join(format!("out/states/{stop}"));
+            let rest = try_train(dir.path(), &spec, Some(state), None).expect("resume");
+            assert!(!rest.iter().any(|e| matches!(e, Event::Warning { .. })), "{rest:?}");
+            let together = [first, rest].concat();
+            assert_eq!(nodes_but_states(&together), nodes_but_states(&undisturbed));
+            assert_eq!(ranks(&together), ranks(&undisturbed), "{patch}, stopped at {stop}");
+            assert!(final_weights(dir.path()) == final_weights(whole.path()), "{patch}, stopped at {stop}");
+        }
     }
+}
+
+fn nodes_but_states(events: &[Event]) -> Vec<(NodeKind, i64, i64)> {
+    nodes(events).into_iter().filter(|(kind, ..)| *kind != NodeKind::State).collect()
+}
+
+/// The rank reports by restart. One may come twice where a run goes on, and then says the same.
+fn ranks(events: &[Event]) -> BTreeMap<i64, BTreeMap<Linear, RankCount>> {
+    let mut found = BTreeMap::new();
+    for event in events {
+        if let Event::Ranks { step, restart, kinds, .. } = event {
+            assert_eq!(*step, 4 + 5 * restart);
+            let earlier = found.insert(*restart, kinds.clone());
+            assert!(earlier.is_none_or(|earlier| earlier == *kinds));
+        }
+    }
+    found
 }
 
 #[test]
 fn evaluating_and_saving_more_often_changes_no_bit() {
-    let (seldom, often) = (scratch_dir(), scratch_dir());
-    train(seldom.path(), &spec(json!({})));
-    train(
-        often.path(),
-        &spec(
-            json!({"eval": {"every_steps": 1, "max_tokens": 30}, "checkpoints": {"every_steps": 1}, "state_every_s": 0}),
-        ),
-    );
-    assert!(final_weights(seldom.path()) == final_weights(often.path()));
-    assert!(often.path().join("out/states/7/state.json").exists());
+    for patch in every_method() {
+        let (seldom, often) = (scratch_dir(), scratch_dir());
+        train(seldom.path(), &spec(patch.clone()));
+        let frequent = TrainSpec {
+            eval: EvalSpec { every_steps: 1, max_tokens: 30, prompts: vec![] },
+            checkpoints: CheckpointsSpec { every_steps: 1 },
+            state_every_s: 0,
+            ..spec(patch.clone())
+        };
+        train(often.path(), &frequent);
+        assert!(final_weights(seldom.path()) == final_weights(often.path()), "{patch}");
+        assert!(often.path().join("out/states/7/state.json").exists());
+    }
+}
+
+#[test]
+fn the_update_gains_rank_with_every_restart_and_no_more_than_its_factors_have() {
+    // relora.md 6.5, test 5. Factors of rank 3 beside matrices of 16 and 24; three cycles.
+    let dir = scratch_dir();
+    let patch = json!({"method": method(json!({"rank_threshold": 1e-6})), "schedule": {"num_steps": 19}});
+    let events = train(dir.path(), &spec(patch));
+    let ranks = ranks(&events);
+    assert_eq!(ranks.keys().copied().collect::<Vec<_>>(), [1, 2, 3]);
+    for (restart, kinds) in ranks {
+        for linear in Linear::ALL {
+            let per_matrix = kinds[&linear].num_above as f64 / 2.0; // two layers
+            assert!(per_matrix <= 3.0 * restart as f64, "{linear:?} has rank {per_matrix} after restart {restart}");
+            assert!(restart < 2 || per_matrix > 3.0, "{linear:?} has rank {per_matrix} after restart {restart}");
+            assert_eq!(kinds[&linear].num_values, 32);
+        }
+    }
+    // What is reported is what the files hold.
+    let difference = |name: &str| {
+        let of = |path: &str| read_tensors(&dir.path().join(path)).into_iter().find(|(known, _)| known == name);
+        let [start, end] = ["out/base/4/model.safetensors", "out/checkpoints/19/model.safetensors"].map(of);
+        end.expect("weights").1 - start.expect("weights").1
+    };
+    let rank = difference("model.layers.1.mlp.up_proj.weight").linalg_matrix_rank(1e-5, false).int64_value(&[]);
+    assert!((4..=9).contains(&rank), "{rank}");
+}
+
+#[test]
+fn merges_and_resets_fall_where_their_own_periods_say() {
+    let dir = scratch_dir();
+    let online = method(json!({"restart_every_steps": 2, "reset_every_steps": 5}));
+    let events = train(dir.path(), &spec(with_method(online)));
+    let restarts: Vec<_> = nodes(&events).into_iter().filter(|(kind, ..)| *kind == NodeKind::Restart).collect();
+    assert_eq!(restarts.iter().map(|(_, step, _)| *step).collect::<Vec<_>>(), [6, 8, 10, 12, 14]);
+    let resets = events.iter().filter_map(|event| match event {
+        Event::OptimizerReset { step, reset, cleared_frac } => Some((*step, *reset, *cleared_frac)),
+        _ => None,
+    });
+    assert_eq!(resets.collect::<Vec<_>>(), [(9, 1, 1.0)]);
 }
 
 #[test]
@@ -111,7 +214,8 @@ fn micro_batches_change_the_result_by_rounding_only_even_with_dropout() {
     let loss_after = |micro_batch_seqs: i64| {
         let dir = scratch_dir();
         let method = json!({
-            "type": "lora", "rank": 3, "alpha": 6.0, "dropout": 0.3, "warm_start_steps": 0, "relora_warmup_steps": 0
+            "type": "lora", "rank": 3, "scale": 2.0, "dropout": 0.3, "target_modules": ["q_proj", "down_proj"],
+            "train_embeddings": true, "train_head": true, "warm_start_steps": 0, "relora_warmup_steps": 0
         });
         let spec = spec(json!({"batch": {"micro_batch_seqs": micro_batch_seqs}, "method": method}));
         let events = train(dir.path(), &spec);
@@ -123,6 +227,22 @@ fn micro_batches_change_the_result_by_rounding_only_even_with_dropout() {
     };
     let (one, five) = (loss_after(1).expect("loss"), loss_after(5).expect("loss"));
     assert!((one - five).abs() < 1e-4, "{one} {five}");
+}
+
+#[test]
+fn a_run_that_passes_sequences_over_reads_on_where_the_other_stopped() {
+    let losses = |skip_seqs: i64| {
+        let dir = scratch_dir();
+        // The weights stay as they are, so a loss tells which rows it is of.
+        let patch = json!({
+            "batch": {"skip_seqs": skip_seqs}, "method": {"type": "full"}, "optimizer": {"learning_rate": 1e-30}
+        });
+        let events = train(dir.path(), &spec(patch));
+        events.iter().filter_map(|e| if let Event::Step(r) = e { Some(r.loss) } else { None }).collect::<Vec<_>>()
+    };
+    let (from_start, passed_over) = (losses(0), losses(10));
+    assert_eq!(from_start[2..], passed_over[..12]);
+    assert_ne!(from_start[0], from_start[2]);
 }
 
 #[test]
@@ -146,6 +266,14 @@ fn a_loss_that_is_never_finite_fails_as_diverged() {
         json!({"optimizer": {"warm_start_learning_rate": 1e30, "clip_norm": 0.0}, "schedule": {"warmup_steps": 0}});
     let error = try_train(dir.path(), &spec(patch), None, None).expect_err("no finite loss");
     assert_eq!(error.kind, FailureKind::Diverged, "{error}");
+    assert!(error.message.contains("there is no checkpoint yet"), "{error}");
+
+    // Here the low-rank phase alone is too fast.
+    let dir = scratch_dir();
+    let patch = json!({"optimizer": {"learning_rate": 1e30, "clip_norm": 0.0}, "method": method(json!({"relora_warmup_steps": 0}))});
+    let error = try_train(dir.path(), &spec(patch), None, None).expect_err("no finite loss");
+    assert_eq!(error.kind, FailureKind::Diverged, "{error}");
+    assert!(error.message.contains("the last good checkpoint is that of step 4"), "{error}");
 }
 
 #[test]
@@ -160,8 +288,8 @@ fn a_state_of_another_spec_or_version_is_refused_by_name() {
     assert!(error.message.contains("seed"), "{error}");
 
     let json = fs::read_to_string(state.join("state.json")).expect("read state");
-    fs::write(state.join("state.json"), json.replace("\"format_version\": 1", "\"format_version\": 2")).expect("write");
-    assert!(resume(json!({})).message.contains("format_version 2"));
+    fs::write(state.join("state.json"), json.replace("\"format_version\": 2", "\"format_version\": 3")).expect("write");
+    assert!(resume(json!({})).message.contains("format_version 3"));
     fs::write(state.join("state.json"), json).expect("write");
 
     fs::copy(dir.path().join("out/base/4/model.safetensors"), state.join("state.safetensors")).expect("copy");
@@ -181,14 +309,30 @@ fn tokens_outside_the_vocabulary_fail_as_data() {
 }
 
 #[test]
-fn a_restart_resets_the_optimizer_of_the_factors_alone() {
-    for (reset, want) in [("zero", json!([6, 1])), ("none", json!([6, 6]))] {
+fn a_reset_acts_on_the_factors_alone() {
+    for (reset, want) in [
+        (json!({"type": "zero", "reset_step_count": true}), [6, 1]),
+        (json!({"type": "zero", "reset_step_count": false}), [6, 6]),
+        (json!({"type": "random", "frac": 0.9, "reset_step_count": true, "joint_mask": true}), [6, 1]),
+        (json!({"type": "none"}), [6, 6]),
+    ] {
         let dir = scratch_dir();
-        let mut method = serde_json::to_value(spec(json!({})).method).expect("method");
-        method["optimizer_reset"]["type"] = json!(reset);
-        try_train(dir.path(), &spec(json!({"method": method})), None, Some(10)).expect("train");
+        let spec = spec(with_method(method(json!({"optimizer_reset": reset}))));
+        try_train(dir.path(), &spec, None, Some(10)).expect("train");
         let state = fs::read(dir.path().join("out/states/10/state.json")).expect("state");
-        let state: serde_json::Value = serde_json::from_slice(&state).expect("json");
-        assert_eq!(state["num_updates"], want, "wrapped at 4, restarted at 9, with reset {reset}");
+        let state: Value = serde_json::from_slice(&state).expect("json");
+        assert_eq!(state["num_updates"], json!(want), "wrapped at 4, reset at 9, with {reset}");
+    }
+}
+
+#[test]
+fn the_moments_of_the_factors_are_zero_after_a_reset_and_the_others_are_not() {
+    let dir = scratch_dir();
+    try_train(dir.path(), &spec(json!({})), None, Some(9)).expect("train");
+    for (name, tensor) in read_tensors(&dir.path().join("out/states/9/state.safetensors")) {
+        if name.starts_with("exp_avg") {
+            let is_zero = tensor.abs().max().double_value(&[]) == 0.0;
+            assert_eq!(is_zero, name.contains("lora_"), "{name}");
+        }
     }
 }

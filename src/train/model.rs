@@ -11,16 +11,16 @@ use super::{
     random::{Draws, Purpose},
     weights::{Parameter, Weights},
 };
-pub use crate::domain::checkpoint::{LINEARS, linear_path};
+pub use crate::domain::checkpoint::{EMBEDDING, HEAD, linear_path};
 use crate::domain::{
     checkpoint::{TensorShape, tensors},
-    spec::{LowRank, ModelSpec, Precision},
+    spec::{self, ModelSpec, Precision, TrainSpec},
 };
 
 /// Every parameter of the model, without LoRA factors, in the order in which initial weights are drawn.
 pub fn parameters(spec: &ModelSpec) -> Vec<Parameter> {
     // Weight decay acts on matrices, and on no embedding.
-    let decays = |tensor: &TensorShape| tensor.shape.len() > 1 && tensor.name != "model.embed_tokens.weight";
+    let decays = |tensor: &TensorShape| tensor.shape.len() > 1 && tensor.name != EMBEDDING;
     let parameter = |tensor: TensorShape| Parameter { decays: decays(&tensor), name: tensor.name, shape: tensor.shape };
     tensors(spec).into_iter().map(parameter).collect()
 }
@@ -51,8 +51,9 @@ struct Branch {
     scale: f64,
 }
 
+/// x ↦ x (W + sBA)ᵀ, with or without either part.
 struct Linear {
-    weight: Tensor, // (out, in)
+    weight: Option<Tensor>, // (out, in)
     branch: Option<Branch>,
 }
 
@@ -60,10 +61,21 @@ impl Linear {
     /// `mask` is the dropout on the branch's input.
     fn forward(&self, x: &Tensor, mask: Option<&Tensor>) -> Tensor {
         let product = |x: &Tensor, weight: &Tensor| x.linear(&weight.to_kind(x.kind()), None::<Tensor>);
-        let y = product(x, &self.weight);
-        let Some(branch) = &self.branch else { return y };
-        let x = mask.map_or_else(|| x.shallow_clone(), |mask| x * mask);
-        y + product(&product(&x, &branch.a), &branch.b) * branch.scale
+        let of_branch = |branch: &Branch| {
+            let x = mask.map_or_else(|| x.shallow_clone(), |mask| x * mask);
+            product(&product(&x, &branch.a), &branch.b) * branch.scale
+        };
+        match (&self.weight, &self.branch) {
+            (Some(weight), Some(branch)) => product(x, weight) + of_branch(branch),
+            (Some(weight), None) => product(x, weight),
+            (None, Some(branch)) => of_branch(branch),
+            (None, None) => unreachable!("a model has every matrix or its factors"),
+        }
+    }
+
+    /// Columns of the dropout mask.
+    fn mask_width(&self) -> i64 {
+        self.branch.as_ref().map_or(0, |branch| branch.a.size()[1])
     }
 }
 
@@ -136,37 +148,46 @@ pub struct Llama {
 }
 
 impl Llama {
-    /// `low_rank` must be given where `weights` are wrapped.
-    pub fn new(spec: &ModelSpec, weights: &Weights, low_rank: Option<LowRank>, precision: Precision) -> Self {
-        let tensor = |name: String| weights.tensor(&name);
-        let norm = |name: String| RmsNorm { weight: tensor(name), eps: spec.rms_norm_eps };
-        let linear = |path: &str| Linear {
-            weight: tensor(format!("{path}.weight")),
-            branch: low_rank.filter(|_| weights.low_rank.is_some()).map(|low_rank| Branch {
-                a: tensor(format!("{path}.lora_A.weight")),
-                b: tensor(format!("{path}.lora_B.weight")),
-                scale: low_rank.scale,
-            }),
+    /// The model of a run.
+    pub fn of(spec: &TrainSpec, weights: &Weights) -> Self {
+        let dropout = spec.method.factors().map_or(0.0, |factors| factors.dropout);
+        Self { dropout, ..Self::new(&spec.model, weights, spec.precision) }
+    }
+
+    /// A model without dropout.
+    ///
+    /// # Panics
+    /// If a tensor is missing: weights are made from the same spec.
+    pub fn new(spec: &ModelSpec, weights: &Weights, precision: Precision) -> Self {
+        let tensor = |name: &str| weights.find(name).unwrap_or_else(|| panic!("the model has no parameter {name}"));
+        let norm = |name: String| RmsNorm { weight: tensor(&name), eps: spec.rms_norm_eps };
+        let branch = |path: &str| {
+            Some(Branch {
+                a: weights.find(&format!("{path}.lora_A.weight"))?,
+                b: weights.find(&format!("{path}.lora_B.weight"))?,
+                scale: weights.low_rank.as_ref()?.scale,
+            })
         };
+        let linear = |path: &str| Linear { weight: weights.find(&format!("{path}.weight")), branch: branch(path) };
         let layers = (0..spec.num_hidden_layers).map(|layer| Layer {
             input_norm: norm(format!("model.layers.{layer}.input_layernorm.weight")),
             post_attention_norm: norm(format!("model.layers.{layer}.post_attention_layernorm.weight")),
-            linears: std::array::from_fn(|index| linear(&linear_path(layer, index))),
+            linears: spec::Linear::ALL.map(|kind| linear(&linear_path(layer, kind))),
             num_heads: spec.num_attention_heads,
             num_kv_heads: spec.num_key_value_heads,
         });
-        let head = if spec.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        let head = if spec.tie_word_embeddings { EMBEDDING } else { HEAD };
         Self {
-            embed_tokens: tensor("model.embed_tokens.weight".into()),
+            embed_tokens: tensor(EMBEDDING),
             layers: layers.collect(),
             norm: norm("model.norm.weight".into()),
-            lm_head: Linear { weight: tensor(head.into()), branch: None },
+            lm_head: Linear { weight: Some(tensor(head)), branch: None },
             rotary: Rotary::new(spec, weights.full_rank.values.device()),
             kind: match precision {
                 Precision::Fp32 => Kind::Float,
                 Precision::Bf16 => Kind::BFloat16,
             },
-            dropout: low_rank.map_or(0.0, |low_rank| low_rank.dropout),
+            dropout: 0.0,
         }
     }
 
@@ -175,7 +196,7 @@ impl Llama {
         let mut x = Tensor::embedding(&self.embed_tokens, tokens, -1, false, false); // (b, t, h)
         for (index, layer) in self.layers.iter().enumerate() {
             let masks = place
-                .filter(|_| self.dropout > 0.0 && layer.linears[0].branch.is_some())
+                .filter(|_| self.dropout > 0.0 && layer.linears.iter().any(|linear| linear.branch.is_some()))
                 .map(|place| self.dropout_masks(layer, index as i64, &x, place));
             x = layer.forward(&x, &self.rotary, self.kind, masks.as_deref());
         }
@@ -191,11 +212,11 @@ impl Llama {
         logits.cross_entropy_loss(&targets, None::<Tensor>, Reduction::Sum, -100, 0.0)
     }
 
-    /// One mask per linear of the layer, scaled so that means stay. Each sequence's masks are drawn on their own, from
+    /// One mask per linear of the layer, scaled so that means stay; of no width where there is no branch. Each sequence's masks are drawn on their own, from
     /// libtorch's generator under a seed of that sequence and layer: micro-batches do not matter.
     fn dropout_masks(&self, layer: &Layer, layer_index: i64, x: &Tensor, place: DropoutPlace) -> Vec<Tensor> {
         let (b, t) = (x.size()[0], x.size()[1]);
-        let widths = layer.linears.each_ref().map(|linear| linear.weight.size()[1]);
+        let widths = layer.linears.each_ref().map(Linear::mask_width);
         let keep = 1.0 - self.dropout;
         let masks: Vec<_> = (0..b)
             .map(|row| {

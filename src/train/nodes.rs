@@ -1,6 +1,7 @@
 //! The nodes that a run leaves: copied from the weights here, while the loop waits, and written by the writer's thread.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     sync::{
         Arc,
@@ -15,15 +16,16 @@ use super::{
     error::TrainError,
     events::Events,
     layout,
-    state::{self, FROZEN_TENSORS, LoopState, Phase, STATE_JSON, STATE_TENSORS, StateFile},
-    weights::Weights,
-    writer::{Content, Folder, Node, Writer},
+    ranks::RankReporter,
+    state::{self, LoopState, Phase, STATE_JSON, STATE_TENSORS, StateFile},
+    weights::{LowRankWeights, Weights},
+    writer::{Content, Files, Folder, Node, Writer},
 };
 use crate::domain::{
     contract::{Fingerprint, NodeFile},
     job::FailureKind,
-    lineage::{ADAPTER_FILE, MODEL_FILE, NodeKind},
-    spec::TrainSpec,
+    lineage::{self, ADAPTER_FILE, FROZEN_FILE, MODEL_FILE, NodeKind, START_FILE},
+    spec::{Linear, TrainSpec},
 };
 
 /// Copied beside full weights where the data has them.
@@ -35,8 +37,8 @@ pub struct Nodes {
     data_dir: PathBuf,
     eos_token_id: i64,
     fingerprint: Fingerprint,
-    /// The restart whose frozen matrices this process has written, or has read from the same place.
-    frozen_on_disk: Option<i64>,
+    /// The restarts whose frozen matrices this process has written, or has read from the same place.
+    frozen_on_disk: BTreeSet<i64>,
     last_state: Instant,
     last_state_step: Option<i64>,
 }
@@ -55,16 +57,19 @@ impl Nodes {
             data_dir,
             eos_token_id,
             fingerprint,
-            frozen_on_disk: None,
+            frozen_on_disk: BTreeSet::new(),
             last_state: Instant::now(),
             last_state_step: None,
         }
     }
 
     /// Says that the state of this run, and the frozen matrices if it names any, lie in the output directory already.
-    pub fn set_on_disk(&mut self, state: &LoopState) {
+    pub fn set_on_disk(&mut self, state: &LoopState, spec: &TrainSpec) {
         self.last_state_step = Some(state.step);
-        self.frozen_on_disk = (state.phase == Phase::LowRank).then_some(state.restart);
+        if state.phase == Phase::LowRank {
+            self.frozen_on_disk.insert(state.restart);
+            self.frozen_on_disk.extend(spec.method.relora().and_then(|relora| relora.rank_threshold).map(|_| 0));
+        }
     }
 
     pub fn save_base(&mut self, at: &LoopState, weights: &Weights, spec: &TrainSpec) -> Result<(), TrainError> {
@@ -84,9 +89,8 @@ impl Nodes {
         spec: &TrainSpec,
     ) -> Result<(), TrainError> {
         let started = Instant::now();
-        let scale = spec.method.low_rank().map_or(0.0, |low_rank| low_rank.scale);
         let mut files = vec![
-            (MODEL_FILE.into(), Content::Tensors(weights.merged(scale))),
+            (MODEL_FILE.into(), Content::Tensors(weights.merged())),
             ("config.json".into(), Content::Json(layout::model_config(&spec.model, self.eos_token_id))),
             ("generation_config.json".into(), Content::Json(layout::generation_config(self.eos_token_id))),
         ];
@@ -96,7 +100,8 @@ impl Nodes {
                 files.push((name.into(), Content::Copy(source)));
             }
         }
-        self.submit(kind, at, vec![Folder { path: folder(kind, at.step), files }], vec![], started)
+        let folders = vec![Folder { path: folder(kind, at.step), files }];
+        self.submit(kind, at, Files { folders, ..Files::default() }, started)
     }
 
     /// The factors as they were merged, and the values of everything else after the restart, as `peft` loads them.
@@ -106,9 +111,10 @@ impl Nodes {
         weights: &Weights,
         spec: &TrainSpec,
         merged_factors: Vec<(String, Tensor)>,
+        update_norms: BTreeMap<Linear, f64>,
     ) -> Result<(), TrainError> {
         let started = Instant::now();
-        let Some(low_rank) = spec.method.low_rank() else { return Ok(()) };
+        let Some(factors) = spec.method.factors() else { return Ok(()) };
         let mut tensors = weights.full_rank_values();
         if spec.model.tie_word_embeddings {
             // `peft` keeps the two tied only if it finds both.
@@ -122,10 +128,11 @@ impl Nodes {
         }
         let files = vec![
             (ADAPTER_FILE.into(), Content::Tensors(tensors)),
-            ("adapter_config.json".into(), Content::Json(layout::adapter_config(&spec.model, low_rank))),
+            ("adapter_config.json".into(), Content::Json(layout::adapter_config(&spec.model, factors))),
         ];
         let folders = vec![Folder { path: folder(NodeKind::Restart, at.restart), files }];
-        self.submit(NodeKind::Restart, at, folders, vec![], started)
+        let files = Files { folders, update_norms, ..Files::default() };
+        self.submit(NodeKind::Restart, at, files, started)
     }
 
     pub fn state_is_due(&self, spec: &TrainSpec) -> bool {
@@ -134,45 +141,53 @@ impl Nodes {
 
     /// The first state of a cycle brings the frozen matrices along. A step has one state: batches that are skipped after
     /// it are skipped again by whoever goes on from it.
-    pub fn save_state(&mut self, at: &LoopState, weights: &Weights, spec: &TrainSpec) -> Result<(), TrainError> {
+    pub fn save_state(
+        &mut self,
+        at: &LoopState,
+        weights: &Weights,
+        ranks: Option<&RankReporter>,
+        spec: &TrainSpec,
+    ) -> Result<(), TrainError> {
         if self.last_state_step.replace(at.step) == Some(at.step) {
             return Ok(());
         }
         let started = Instant::now();
         let json = serde_json::to_value(StateFile::new(at, weights, &self.fingerprint, spec))
             .map_err(|error| TrainError::new(FailureKind::Internal, format!("write {STATE_JSON}: {error}")))?;
-        let mut folders = Vec::new();
-        let mut shared_files = Vec::new();
-        if weights.low_rank.is_some() {
-            let path = state::frozen_folder(at.restart);
-            if self.frozen_on_disk == Some(at.restart) {
-                shared_files.push(NodeFile { name: FROZEN_TENSORS.into(), path: format!("{path}/{FROZEN_TENSORS}") });
-            } else {
-                let files = vec![(FROZEN_TENSORS.into(), Content::Tensors(state::frozen_tensors(weights)))];
-                folders.push(Folder { path, files });
-                self.frozen_on_disk = Some(at.restart);
+        let mut files = Files::default();
+        if let Some(low_rank) = weights.low_rank.as_ref().filter(|low_rank| !low_rank.frozen.is_empty()) {
+            self.add_frozen(&mut files, FROZEN_FILE, at.restart, || state::frozen_tensors(low_rank));
+            if let Some(ranks) = ranks.filter(|_| at.restart > 0) {
+                self.add_frozen(&mut files, START_FILE, 0, || at_warm_start(low_rank, ranks));
             }
         }
-        let files = vec![
+        let own = vec![
             (STATE_TENSORS.into(), Content::Tensors(state::state_tensors(weights))),
             (STATE_JSON.into(), Content::Json(json)),
         ];
-        folders.push(Folder { path: folder(NodeKind::State, at.step), files });
+        files.folders.push(Folder { path: folder(NodeKind::State, at.step), files: own });
         self.last_state = Instant::now();
-        self.submit(NodeKind::State, at, folders, shared_files, started)
+        self.submit(NodeKind::State, at, files, started)
     }
 
-    fn submit(
+    /// Names the frozen matrices after a restart as a file of the state, and writes them if they are not on disk.
+    fn add_frozen(
         &mut self,
-        kind: NodeKind,
-        at: &LoopState,
-        folders: Vec<Folder>,
-        shared_files: Vec<NodeFile>,
-        started: Instant,
-    ) -> Result<(), TrainError> {
+        files: &mut Files,
+        name: &str,
+        restart: i64,
+        tensors: impl FnOnce() -> Vec<(String, Tensor)>,
+    ) {
+        files.shared_files.push(NodeFile { name: name.into(), path: lineage::frozen_path(restart) });
+        if self.frozen_on_disk.insert(restart) {
+            let content = vec![(FROZEN_FILE.into(), Content::Tensors(tensors()))];
+            files.shared_folders.push(Folder { path: format!("frozen/{restart}"), files: content });
+        }
+    }
+
+    fn submit(&mut self, kind: NodeKind, at: &LoopState, files: Files, started: Instant) -> Result<(), TrainError> {
         let stall_ms = Arc::new(AtomicI64::default());
-        let node =
-            Node { kind, step: at.step, restart: at.restart, folders, shared_files, stall_ms: Arc::clone(&stall_ms) };
+        let node = Node { kind, step: at.step, restart: at.restart, files, stall_ms: Arc::clone(&stall_ms) };
         let submitted = self.writer.as_ref().map(|writer| writer.submit(node));
         stall_ms.store(started.elapsed().as_millis() as i64, Ordering::Relaxed);
         match submitted {
@@ -205,6 +220,15 @@ impl Drop for Nodes {
             tracing::error!(%error, "nodes cannot be written");
         }
     }
+}
+
+/// The frozen matrices as they were at the warm start. What is not wrapped has not changed since.
+fn at_warm_start(low_rank: &LowRankWeights, ranks: &RankReporter) -> Vec<(String, Tensor)> {
+    let mut tensors = state::frozen_tensors(low_rank);
+    for ((_, tensor), start) in tensors.iter_mut().zip(ranks.start_matrices()) {
+        *tensor = start.shallow_clone();
+    }
+    tensors
 }
 
 fn folder(kind: NodeKind, number: i64) -> String {

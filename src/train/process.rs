@@ -8,6 +8,8 @@ use std::{
     sync::mpsc::Receiver,
 };
 
+use tch::Tensor;
+
 use super::{
     checkpoint,
     data::Dataset,
@@ -17,6 +19,7 @@ use super::{
     logits,
     model::Llama,
     nodes::Nodes,
+    relora::Wrapping,
     run::{Ending, Inbox, Run},
     state::{LoopState, Phase, StateFile},
     weights::Weights,
@@ -25,7 +28,7 @@ use crate::domain::{
     contract::{Command, Event, FORMAT_VERSION, Fingerprint},
     job::FailureKind,
     schedule::Schedule,
-    spec::TrainSpec,
+    spec::{MethodSpec, TrainSpec},
 };
 
 /// Trains one job: reads its spec and data from files, writes nodes into a directory, reports on stdout.
@@ -106,20 +109,17 @@ pub fn train(
     let fingerprint = device::fingerprint(device, &spec);
     let (out_dir, eos_token_id) = (args.out.clone(), dataset.tokenization.eos_token_id);
     let mut nodes = Nodes::new(out_dir, events.clone(), args.data.clone(), eos_token_id, fingerprint.clone());
-    let (weights, state, written_by) = match &args.resume {
-        None => {
-            let weights = checkpoint::first_weights(args.weights.as_deref(), &spec, device)?;
-            (weights, LoopState::new(), fingerprint.clone())
-        }
-        Some(state_dir) => resume(state_dir, &spec, device)?,
+    let Start { weights, state, written_by, start_matrices } = match &args.resume {
+        None => Start::new(args.weights.as_deref(), &spec, device, &fingerprint)?,
+        Some(state_dir) => Start::resume(state_dir, &spec, device)?,
     };
     if let Some(state_dir) = args.resume.as_deref().filter(|dir| lies_in(dir, &args.out)) {
         tracing::info!(state.path = %state_dir.display(), "frozen weights are shared with the state");
-        nodes.set_on_disk(&state);
+        nodes.set_on_disk(&state, &spec);
     }
     let mut run = Run {
         schedule: Schedule::new(&spec),
-        model: Llama::new(&spec.model, &weights, spec.method.low_rank(), spec.precision),
+        model: Llama::of(&spec, &weights),
         is_settled: args.resume.is_some(),
         events: events.clone(),
         spec,
@@ -128,6 +128,7 @@ pub fn train(
         weights,
         state,
         nodes,
+        ranks: None,
         inbox: Inbox::new(commands),
     };
     events.emit(&Event::Ready {
@@ -141,8 +142,15 @@ pub fn train(
         let message = format!("numerics changed, results are no longer exact: {written_by:?}, now {fingerprint:?}");
         events.emit(&Event::Warning { step: run.state.step, message });
     }
+    run.ranks = start_matrices.and_then(|start| run.rank_reporter(start));
+    run.report_ranks_again();
     let ending = run.train()?;
     run.nodes.finish()?;
+    match (ending, run.ranks.take()) {
+        (Ending::Done, Some(ranks)) => ranks.finish()?,
+        (Ending::Stopped, Some(ranks)) => ranks.abandon()?,
+        _ => {}
+    }
     let step = run.state.step;
     events.emit(&match ending {
         Ending::Done => Event::Done { step },
@@ -160,24 +168,52 @@ fn read_spec(args: &Args) -> Result<TrainSpec, TrainError> {
         TrainError::new(FailureKind::UserConfig, format!("read spec {}: {reason}", args.spec.display()))
     };
     let json = fs::read(&args.spec).map_err(|error| config(error.to_string()))?;
-    serde_json::from_slice(&json).map_err(|error| config(error.to_string()))
+    let spec: TrainSpec = serde_json::from_slice(&json).map_err(|error| config(error.to_string()))?;
+    Ok(TrainSpec { model: spec.trained_model(), ..spec })
 }
 
-/// Weights and loop state as they were written, and the fingerprint of who wrote them.
-fn resume(
-    state_dir: &Path,
-    spec: &TrainSpec,
-    device: tch::Device,
-) -> Result<(Weights, LoopState, Fingerprint), TrainError> {
-    let file = StateFile::read(state_dir)?;
-    file.check_spec(spec)?;
-    let state = file.loop_state.clone();
-    let mut weights = match (state.phase, spec.method.low_rank()) {
-        (Phase::LowRank, Some(low_rank)) => Weights::zeros_wrapped(&spec.model, low_rank, spec.precision, device),
-        _ => Weights::zeros(&spec.model, device),
-    };
-    file.read_tensors(state_dir, &mut weights)?;
-    Ok((weights, state, file.fingerprint))
+/// What a run begins with.
+struct Start {
+    weights: Weights,
+    state: LoopState,
+    /// The fingerprint of whoever wrote the state.
+    written_by: Fingerprint,
+    /// The wrapped matrices at the warm start, where ranks are reported and the warm start is over.
+    start_matrices: Option<Vec<Tensor>>,
+}
+
+impl Start {
+    fn new(
+        checkpoint: Option<&Path>,
+        spec: &TrainSpec,
+        device: tch::Device,
+        fingerprint: &Fingerprint,
+    ) -> Result<Self, TrainError> {
+        let mut state = LoopState::new();
+        if matches!(spec.method, MethodSpec::Factorized(_)) {
+            state.phase = Phase::LowRank;
+        }
+        let weights = checkpoint::first_weights(checkpoint, spec, device)?;
+        Ok(Self { weights, state, written_by: fingerprint.clone(), start_matrices: None })
+    }
+
+    fn resume(state_dir: &Path, spec: &TrainSpec, device: tch::Device) -> Result<Self, TrainError> {
+        let file = StateFile::read(state_dir)?;
+        file.check_spec(spec)?;
+        let state = file.loop_state.clone();
+        let wrapping = Wrapping::of(spec).filter(|_| state.phase == Phase::LowRank);
+        let mut weights = match &wrapping {
+            Some(wrapping) => wrapping.zeros(device),
+            None => Weights::zeros(&spec.model, device),
+        };
+        file.read_tensors(state_dir, &mut weights)?;
+        let reports_ranks = spec.method.relora().is_some_and(|relora| relora.rank_threshold.is_some());
+        let start_matrices = match wrapping.filter(|_| reports_ranks) {
+            Some(_) => Some(file.read_start(state_dir, spec)?),
+            None => None,
+        };
+        Ok(Self { weights, state, written_by: file.fingerprint, start_matrices })
+    }
 }
 
 /// Whether a state lies in this output directory, so that its frozen weights need not be written again.

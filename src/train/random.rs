@@ -10,7 +10,7 @@ use std::{f32::consts::TAU, thread};
 pub enum Purpose {
     /// Initial weights: (0, index of the parameter).
     Weights = 1,
-    /// LoRA factor A: (restart, index of the matrix).
+    /// LoRA factor A: (restart, index of the matrix); the B of a factorized model: (0, number of matrices + index).
     Factors = 2,
     /// Order of the training rows: (pass over the data, 0).
     RowOrder = 3,
@@ -18,6 +18,9 @@ pub enum Purpose {
     Dropout = 4,
     /// Sampling of generated text: (prompt, position).
     Sampling = 5,
+    /// Which moments a random reset clears: (number of the reset, twice the index of the factor, plus one for the second
+    /// moment where it has a mask of its own).
+    OptimizerReset = 6,
 }
 
 /// One endless sequence of random numbers.

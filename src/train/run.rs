@@ -15,6 +15,8 @@ use super::{
     events::Events,
     model::{DropoutPlace, Llama},
     nodes::Nodes,
+    ranks::{RankReporter, wrapped_matrices},
+    relora::Wrapping,
     state::{LoopState, Phase},
     weights::Weights,
 };
@@ -22,7 +24,7 @@ use crate::domain::{
     contract::{Command, Event, StepReport},
     job::FailureKind,
     schedule::Schedule,
-    spec::{OptimizerReset, TrainSpec},
+    spec::TrainSpec,
 };
 
 /// Batches in a row whose loss or gradient is not finite, after which the run has diverged.
@@ -40,6 +42,8 @@ pub struct Run {
     /// Whether everything that falls between the last update and the next one is behind it, as in every state.
     pub is_settled: bool,
     pub nodes: Nodes,
+    /// Present once the model is wrapped, where ranks are asked for.
+    pub ranks: Option<RankReporter>,
     pub events: Events,
     pub inbox: Inbox,
 }
@@ -97,6 +101,9 @@ impl Run {
                 if let Some(restart) = self.schedule.restart_after(step) {
                     self.restart(restart)?;
                 }
+                if let Some(reset) = self.schedule.reset_after(step) {
+                    self.reset_optimizer(reset);
+                }
                 if let Some(report) = report.take() {
                     self.events.emit(&Event::Step(StepReport { num_restarts: self.state.restart, ..report }));
                 }
@@ -108,6 +115,7 @@ impl Run {
                 }
                 if (step > 0 && step % self.spec.checkpoints.every_steps == 0) || wraps || is_last {
                     self.nodes.save_checkpoint(&self.state, &self.weights, &self.spec)?;
+                    self.state.last_checkpoint_step = Some(step);
                 }
                 self.is_settled = true;
             }
@@ -119,7 +127,7 @@ impl Run {
             let Inbox { is_stopping, is_state_wanted, .. } = self.inbox.read();
             let is_stopping = *is_stopping;
             if is_stopping || std::mem::take(is_state_wanted) || self.nodes.state_is_due(&self.spec) {
-                self.nodes.save_state(&self.state, &self.weights, &self.spec)?;
+                self.nodes.save_state(&self.state, &self.weights, self.ranks.as_ref(), &self.spec)?;
             }
             if is_stopping {
                 return Ok(Ending::Stopped);
@@ -161,31 +169,55 @@ impl Run {
 
     /// Freezes the matrices and puts factors beside them.
     fn wrap(&mut self) {
-        let Some(low_rank) = self.spec.method.low_rank() else { return };
-        tracing::info!(step = self.state.step, low_rank.rank, low_rank.scale, "wrap");
-        self.weights.wrap(&self.spec.model, low_rank, self.spec.precision, self.spec.seed);
-        self.model = Llama::new(&self.spec.model, &self.weights, Some(low_rank), self.spec.precision);
+        let Some(wrapping) = Wrapping::of(&self.spec) else { return };
+        tracing::info!(step = self.state.step, "wrap");
+        wrapping.wrap(&mut self.weights);
+        self.model = Llama::of(&self.spec, &self.weights);
         self.state.phase = Phase::LowRank;
+        let start = self.weights.low_rank.as_ref().map(wrapped_matrices);
+        self.ranks = start.and_then(|start| self.rank_reporter(start));
+    }
+
+    /// None where nobody asks for ranks. `start` are the wrapped matrices at the warm start.
+    pub fn rank_reporter(&self, start: Vec<Tensor>) -> Option<RankReporter> {
+        let threshold = self.spec.method.relora()?.rank_threshold?;
+        let wrapped = self.weights.low_rank.as_ref()?.wrapped.clone();
+        Some(RankReporter::start(self.events.clone(), wrapped, start, threshold))
+    }
+
+    /// After a stop: the ranks of the last restart may not have been reported. The matrices are those that it left.
+    pub fn report_ranks_again(&self) {
+        if let (Some(ranks), Some(low_rank), 1..) = (&self.ranks, &self.weights.low_rank, self.state.restart) {
+            let restart = self.state.restart;
+            ranks.submit(self.schedule.restart_step(restart), restart, low_rank);
+        }
     }
 
     /// Merges the factors, saves what was merged, and begins the next cycle if there is one.
     fn restart(&mut self, restart: i64) -> Result<(), TrainError> {
-        let (Some(method), Some(low_rank)) = (self.spec.method.low_rank(), &mut self.weights.low_rank) else {
-            return Ok(());
-        };
+        let Some(low_rank) = &mut self.weights.low_rank else { return Ok(()) };
+        let step = self.state.step;
         let merged_factors = low_rank.factor_values();
-        low_rank.merge(method.scale);
-        if self.state.step < self.schedule.num_steps {
+        let update_norms = low_rank.merge();
+        if step < self.schedule.num_steps {
             low_rank.draw_factors(self.spec.seed, restart);
-            if let Some(OptimizerReset::Zero {}) = self.spec.method.optimizer_reset() {
-                low_rank.factors.reset_optimizer();
-            }
         } else {
             low_rank.zero_b();
         }
+        if let Some(ranks) = &self.ranks {
+            ranks.submit(step, restart, low_rank);
+        }
         self.state.restart = restart;
-        tracing::info!(self.state.step, restart, "restart");
-        self.nodes.save_restart(&self.state, &self.weights, &self.spec, merged_factors)
+        tracing::info!(step, restart, ?update_norms, "restart");
+        self.nodes.save_restart(&self.state, &self.weights, &self.spec, merged_factors, update_norms)
+    }
+
+    /// Resets the optimizer state of the factors, and of nothing else.
+    fn reset_optimizer(&mut self, reset: i64) {
+        let (Some(low_rank), Some(relora)) = (&mut self.weights.low_rank, self.spec.method.relora()) else { return };
+        let cleared_frac = low_rank.factors.reset_optimizer(relora.optimizer_reset, self.spec.seed, reset);
+        tracing::info!(self.state.step, reset, cleared_frac, "optimizer reset");
+        self.events.emit(&Event::OptimizerReset { step: self.state.step, reset, cleared_frac });
     }
 
     /// Reports the validation loss. A stop does not wait for it: the evaluation is then due to whoever goes on.
@@ -198,8 +230,9 @@ impl Run {
         let (step, perplexity) = (self.state.step, evaluation.loss.exp());
         if !perplexity.is_finite() {
             let loss = evaluation.loss;
-            let message = format!("the validation loss is {loss} after step {step}: lower the learning rate");
-            return Err(TrainError::new(FailureKind::Diverged, message));
+            return Err(
+                self.diverged(&format!("the validation loss is {loss} after step {step}; lower the learning rate"))
+            );
         }
         let num_tokens = evaluation.num_tokens;
         self.events.emit(&Event::Eval { step, loss: evaluation.loss, perplexity, num_tokens });
@@ -217,7 +250,7 @@ impl Run {
     fn accumulate_gradients(&mut self) -> Result<Tensor, TrainError> {
         let batch = &self.spec.batch;
         let num_targets = (batch.num_seqs * (batch.sequence_length - 1)) as f64;
-        let first_seq = self.state.num_batches * batch.num_seqs;
+        let first_seq = batch.skip_seqs + self.state.num_batches * batch.num_seqs;
         let mut loss = Tensor::zeros([1], (tch::Kind::Float, self.device)).squeeze();
         for group in self.weights.groups_mut() {
             let _ = group.gradients.zero_();
@@ -265,10 +298,18 @@ impl Run {
         if self.state.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW {
             let advice = "lower the learning rate, clip harder, or lengthen the warm-up";
             let message = format!("{MAX_SKIPPED_IN_A_ROW} batches in a row were skipped; last {message}; {advice}");
-            return Err(TrainError::new(FailureKind::Diverged, message));
+            return Err(self.diverged(&message));
         }
         self.events.emit(&Event::Warning { step: self.state.step, message });
         Ok(())
+    }
+
+    fn diverged(&self, message: &str) -> TrainError {
+        let last_good = match self.state.last_checkpoint_step {
+            Some(step) => format!("the last good checkpoint is that of step {step}"),
+            None => "there is no checkpoint yet".into(),
+        };
+        TrainError::new(FailureKind::Diverged, format!("{message}; {last_good}"))
     }
 
     fn tokens_per_batch(&self) -> i64 {

@@ -1,29 +1,27 @@
 //! What an exact continuation needs: the loop's own values, the trained parameters with their moments, and, wrapped,
 //! the frozen matrices, which lie in a file of their own because a whole cycle shares them.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{fs, path::Path};
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
 use super::{
     error::TrainError,
-    relora::copy_to_host,
+    ranks::wrapped_matrices,
+    relora::{Frozen, Wrapping, copy_to_host},
     tensor_file,
-    weights::{Group, Weights},
+    weights::{Group, LowRankWeights, Weights},
 };
 use crate::domain::{
     contract::{FORMAT_VERSION, Fingerprint},
     job::FailureKind,
+    lineage,
     spec::TrainSpec,
 };
 
 pub const STATE_JSON: &str = "state.json";
 pub const STATE_TENSORS: &str = "state.safetensors";
-pub const FROZEN_TENSORS: &str = "frozen.safetensors";
 
 /// Everything that the loop remembers from one step to the next, beside tensors.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,6 +38,8 @@ pub struct LoopState {
     pub phase: Phase,
     /// The evaluation after this step was cut short by a stop, and is made up for by whoever goes on.
     pub evaluation_due: bool,
+    /// The newest checkpoint: named where the run cannot go on.
+    pub last_checkpoint_step: Option<i64>,
 }
 
 impl LoopState {
@@ -53,6 +53,7 @@ impl LoopState {
             num_skipped_in_a_row: 0,
             phase: Phase::FullRank,
             evaluation_due: false,
+            last_checkpoint_step: None,
         }
     }
 }
@@ -114,6 +115,7 @@ impl StateFile {
             ("optimizer", theirs.optimizer != spec.optimizer),
             ("schedule", theirs.schedule != spec.schedule),
             ("batch/num_seqs", theirs.batch.num_seqs != spec.batch.num_seqs),
+            ("batch/skip_seqs", theirs.batch.skip_seqs != spec.batch.skip_seqs),
             ("batch/sequence_length", theirs.batch.sequence_length != spec.batch.sequence_length),
             ("precision", theirs.precision != spec.precision),
             ("seed", theirs.seed != spec.seed),
@@ -139,22 +141,30 @@ impl StateFile {
             group.num_updates = num_updates;
         }
         if let Some(low_rank) = &mut weights.low_rank {
-            let targets = low_rank.frozen.iter().map(|f| (f.name.clone(), f.master.shallow_clone())).collect();
-            tensor_file::read_into(&frozen_path(dir, self.loop_state.restart), targets)?;
-            low_rank.frozen.iter_mut().for_each(super::relora::Frozen::refresh);
+            read_frozen(dir, self.loop_state.restart, low_rank)?;
         }
         Ok(())
     }
+
+    /// The wrapped matrices at the warm start, in host memory.
+    pub fn read_start(&self, dir: &Path, spec: &TrainSpec) -> Result<Vec<Tensor>, TrainError> {
+        let weights = Wrapping::of(spec).map(|wrapping| wrapping.zeros(Device::Cpu));
+        let Some(mut low_rank) = weights.and_then(|weights| weights.low_rank) else { return Ok(Vec::new()) };
+        read_frozen(dir, 0, &mut low_rank)?;
+        Ok(wrapped_matrices(&low_rank))
+    }
 }
 
-/// Where the frozen matrices lie, relative to the output directory.
-pub fn frozen_folder(restart: i64) -> String {
-    format!("frozen/{restart}")
-}
-
-/// The frozen matrices of a state: beside the states of its output directory.
-fn frozen_path(state_dir: &Path, restart: i64) -> PathBuf {
-    state_dir.join("../..").join(frozen_folder(restart)).join(FROZEN_TENSORS)
+/// Reads the frozen matrices after a restart: they lie beside the states of their output directory.
+fn read_frozen(state_dir: &Path, restart: i64, low_rank: &mut LowRankWeights) -> Result<(), TrainError> {
+    if low_rank.frozen.is_empty() {
+        return Ok(());
+    }
+    let path = state_dir.join("../..").join(lineage::frozen_path(restart));
+    let targets = low_rank.frozen.iter().map(|f| (f.name.clone(), f.master.shallow_clone())).collect();
+    tensor_file::read_into(&path, targets)?;
+    low_rank.frozen.iter_mut().for_each(Frozen::refresh);
+    Ok(())
 }
 
 /// A copy, in host memory, of what `state.safetensors` holds.
@@ -163,11 +173,8 @@ pub fn state_tensors(weights: &Weights) -> Vec<(String, Tensor)> {
 }
 
 /// A copy, in host memory, of what `frozen.safetensors` holds.
-pub fn frozen_tensors(weights: &Weights) -> Vec<(String, Tensor)> {
-    let frozen = weights.low_rank.iter().flat_map(|low_rank| &low_rank.frozen);
-    frozen
-        .map(|frozen| (frozen.name.clone(), frozen.master.to_device_(Device::Cpu, tch::Kind::Float, false, true)))
-        .collect()
+pub fn frozen_tensors(low_rank: &LowRankWeights) -> Vec<(String, Tensor)> {
+    low_rank.frozen.iter().map(|frozen| (frozen.name.clone(), copy_to_host(&frozen.master))).collect()
 }
 
 fn group_buffers(group: &Group) -> [&Tensor; 3] {

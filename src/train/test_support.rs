@@ -5,7 +5,7 @@ use std::{
     io::{self, Write},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, PoisonError,
         mpsc::{self, Sender},
     },
 };
@@ -27,6 +27,7 @@ use crate::domain::{
 };
 
 pub const VOCAB_SIZE: i64 = 61;
+const ALL_LINEARS: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
 /// ReLoRA with a warm start of 4 and cycles of 5 steps, changed as the JSON merge patch says.
 pub fn spec(patch: Value) -> TrainSpec {
@@ -38,23 +39,34 @@ pub fn spec(patch: Value) -> TrainSpec {
             "rope_theta": 10000.0, "initializer_range": 0.1, "tie_word_embeddings": false
         },
         "method": {
-            "type": "relora", "rank": 3, "alpha": 6.0, "dropout": 0.0, "warm_start_steps": 4, "relora_warmup_steps": 2,
-            "restart_every_steps": 5, "restart_warmup_steps": 2, "restart_lr": "one_over_w",
-            "optimizer_reset": {"type": "zero"}, "allow_short_last_cycle": false
+            "type": "relora", "rank": 3, "scale": 2.0, "dropout": 0.0, "target_modules": ALL_LINEARS,
+            "train_embeddings": true, "train_head": true, "warm_start_steps": 4, "relora_warmup_steps": 2,
+            "restart_every_steps": 5, "reset_every_steps": 5, "restart_warmup_steps": 2, "restart_schedule": "jagged",
+            "restart_lr": "one_over_w", "optimizer_reset": {"type": "zero", "reset_step_count": true},
+            "allow_short_last_cycle": false, "rank_threshold": null
         },
         "optimizer": {
             "learning_rate": 0.01, "warm_start_learning_rate": 0.005, "betas": [0.9, 0.99], "eps": 1e-8,
             "weight_decay": 0.01, "clip_norm": 1.0
         },
         "schedule": {"num_steps": 14, "warmup_steps": 2, "min_lr_frac": 0.1},
-        "batch": {"num_seqs": 5, "sequence_length": 9, "micro_batch_seqs": 2},
+        "batch": {"num_seqs": 5, "sequence_length": 9, "micro_batch_seqs": 2, "skip_seqs": 0},
         "precision": "fp32", "deterministic": true, "seed": 11,
         "eval": {"every_steps": 100, "max_tokens": 90, "prompts": []},
         "checkpoints": {"every_steps": 100}, "state_every_s": 3600,
         "resources": {"device": "cpu", "num_gpus": 1}, "priority": 0, "labels": {}, "max_runtime_s": null
     });
     merge(&mut spec, patch);
-    serde_json::from_value(spec).expect("a spec")
+    let spec: TrainSpec = serde_json::from_value(spec).expect("a spec");
+    TrainSpec { model: spec.trained_model(), ..spec }
+}
+
+/// ReLoRA's method as in [`spec`], changed as the JSON merge patch says.
+pub fn method(patch: Value) -> Value {
+    let mut method = serde_json::to_value(spec(json!({})).method).expect("a method");
+    let Value::Object(patch) = patch else { panic!("not an object: {patch}") };
+    patch.into_iter().for_each(|(key, value)| method[key] = value);
+    method
 }
 
 fn merge(target: &mut Value, patch: Value) {
@@ -128,6 +140,10 @@ pub fn try_train(
         fs::create_dir(&data).expect("create data");
         write_data(&data);
     }
+    // Dropout draws from libtorch's one generator: two runs in one process would disturb each other.
+    static DROPOUT: Mutex<()> = Mutex::new(());
+    let has_dropout = spec.method.factors().is_some_and(|factors| factors.dropout > 0.0);
+    let _alone = has_dropout.then(|| DROPOUT.lock().unwrap_or_else(PoisonError::into_inner));
     let args = Args {
         spec: dir.join("spec.json"),
         data,

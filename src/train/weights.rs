@@ -5,7 +5,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::relora::Frozen;
+use super::relora::{Frozen, Wrapped};
 
 /// Parameters begin at multiples of this many elements (64 bytes): kernels choose their path by alignment, and the
 /// choice must not depend on what lies before a parameter.
@@ -23,16 +23,20 @@ pub struct Parameter {
 
 /// The parameters of a model, and which of them are trained.
 pub struct Weights {
-    /// Everything in a full-rank phase; embeddings, norms and head in a low-rank phase.
+    /// Everything in a full-rank phase; what is neither wrapped nor frozen in a low-rank phase.
     pub full_rank: Group,
     pub low_rank: Option<LowRankWeights>,
 }
 
 pub struct LowRankWeights {
-    /// A and B of every wrapped matrix.
+    /// A and B of every wrapped matrix, in pairs.
     pub factors: Group,
-    /// The matrices that they update.
+    pub wrapped: Vec<Wrapped>,
+    /// First the matrices that the factors update, in the order of `wrapped`, or none of them where the factors stand in
+    /// their place; then what else is not trained.
     pub frozen: Vec<Frozen>,
+    /// The s of W + sBA.
+    pub scale: f64,
 }
 
 impl Weights {
@@ -106,13 +110,10 @@ impl Group {
         self.leaves[index].copy_(value);
     }
 
-    /// Sets the parameter of this name.
-    ///
-    /// # Panics
-    /// If there is none: the names come from the same spec as the group.
+    /// Sets the parameter of this name, if there is one.
     pub fn set_by_name(&mut self, name: &str, value: &Tensor) {
         let index = self.names().position(|known| known == name);
-        self.set(index.unwrap_or_else(|| panic!("the group has no parameter {name}")), value);
+        index.into_iter().for_each(|index| self.set(index, value));
     }
 
     /// Adds one gradient per parameter, in their order.

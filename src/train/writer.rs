@@ -4,6 +4,7 @@
 //! which the nodes were handed over.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     path::{Path, PathBuf},
     sync::{
@@ -22,6 +23,7 @@ use crate::domain::{
     contract::{Event, NodeFile, NodeReport},
     job::FailureKind,
     lineage::NodeKind,
+    spec::Linear,
 };
 
 /// What a file is made of.
@@ -39,15 +41,25 @@ pub struct Folder {
     pub files: Vec<(String, Content)>,
 }
 
+/// What a node is made of.
+#[derive(Default)]
+pub struct Files {
+    /// The node's own.
+    pub folders: Vec<Folder>,
+    /// Files that it shares with other nodes.
+    pub shared_files: Vec<NodeFile>,
+    /// Those of them that are not on disk yet.
+    pub shared_folders: Vec<Folder>,
+    /// Of a restart.
+    pub update_norms: BTreeMap<Linear, f64>,
+}
+
 /// A node to write.
 pub struct Node {
     pub kind: NodeKind,
     pub step: i64,
     pub restart: i64,
-    /// The last one is the node's own; folders before it are shared with later nodes.
-    pub folders: Vec<Folder>,
-    /// Files of the node that are on disk already.
-    pub shared_files: Vec<NodeFile>,
+    pub files: Files,
     /// Known once the node is handed over, so that a wait for the disk counts.
     pub stall_ms: Arc<AtomicI64>,
 }
@@ -97,8 +109,11 @@ impl Writer {
 }
 
 fn write_node(out_dir: &Path, node: Node) -> Result<NodeReport, TrainError> {
-    let mut files = node.shared_files;
-    for folder in node.folders {
+    let Files { folders, shared_files: mut files, shared_folders, update_norms } = node.files;
+    for folder in shared_folders {
+        write_folder(out_dir, folder)?;
+    }
+    for folder in folders {
         files.extend(
             folder
                 .files
@@ -109,7 +124,7 @@ fn write_node(out_dir: &Path, node: Node) -> Result<NodeReport, TrainError> {
     }
     tracing::info!(node.kind = node.kind.folder(), node.step, node.restart, "node written");
     let stall_ms = node.stall_ms.load(Ordering::Relaxed);
-    Ok(NodeReport { kind: node.kind, step: node.step, restart: node.restart, files, stall_ms })
+    Ok(NodeReport { kind: node.kind, step: node.step, restart: node.restart, files, stall_ms, update_norms })
 }
 
 /// Writes under a temporary name, syncs, renames. A folder that an earlier run left is replaced: it is not one that this
@@ -167,8 +182,7 @@ mod tests {
             kind: NodeKind::Checkpoint,
             step: 3,
             restart: 0,
-            folders: vec![folder],
-            shared_files: vec![],
+            files: Files { folders: vec![folder], ..Files::default() },
             stall_ms: Arc::default(),
         }
     }

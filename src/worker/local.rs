@@ -199,6 +199,16 @@ fn print(event: &Event, num_steps: i64) {
         ),
         Event::Eval { step, perplexity, .. } => println!("step {step}: validation perplexity {perplexity:.3}"),
         Event::Node(node) => println!("step {}: {:?} written ({} ms stall)", node.step, node.kind, node.stall_ms),
+        Event::OptimizerReset { step, reset, cleared_frac } => {
+            println!("step {step}: optimizer reset {reset} cleared {:.1}% of the factors' state", 100.0 * cleared_frac);
+        }
+        Event::Ranks { restart, threshold, kinds, .. } => {
+            let kinds: Vec<_> = kinds
+                .iter()
+                .map(|(linear, count)| format!("{} {}/{}", linear.name(), count.num_above, count.num_values))
+                .collect();
+            println!("restart {restart}: singular values above {threshold}: {}", kinds.join("  "));
+        }
         Event::Sample { text, .. } => println!("--- {text}"),
         Event::Warning { step, message } => println!("step {step}: warning: {message}"),
         Event::Done { step } => println!("done after step {step}"),

@@ -1,6 +1,6 @@
 //! Writes a trainer's reports to the database, in order and in batches. An outage makes them late, not lost.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use serde_json::json;
 use sqlx::PgPool;
@@ -17,9 +17,10 @@ use crate::{
         training,
     },
     domain::{
-        contract::{Fingerprint, StepReport},
+        contract::{Fingerprint, RankCount, StepReport},
         ids::JobId,
         job::EventType,
+        spec::Linear,
     },
 };
 
@@ -36,6 +37,17 @@ pub enum Report {
         loss: f64,
         perplexity: f64,
         num_tokens: i64,
+    },
+    OptimizerReset {
+        step: i64,
+        reset: i64,
+        cleared_frac: f64,
+    },
+    Ranks {
+        step: i64,
+        restart: i64,
+        threshold: f64,
+        kinds: BTreeMap<Linear, RankCount>,
     },
     Sample {
         step: i64,
@@ -105,7 +117,22 @@ impl Reporter {
                 EventType::Eval,
                 format!("validation perplexity {perplexity:.3} after step {step}"),
                 json!({"step": step, "loss": loss, "perplexity": perplexity, "num_tokens": num_tokens}),
-                vec![(step, "eval_loss", loss), (step, "eval_perplexity", perplexity)],
+                vec![(step, "eval_loss".into(), loss), (step, "eval_perplexity".into(), perplexity)],
+            ),
+            Report::OptimizerReset { step, reset, cleared_frac } => (
+                EventType::OptimizerReset,
+                format!("optimizer reset {reset} cleared {:.1}% of the factors' state", 100.0 * cleared_frac),
+                json!({"step": step, "reset": reset, "cleared_frac": cleared_frac}),
+                vec![(step, "optimizer_cleared_frac".into(), cleared_frac)],
+            ),
+            Report::Ranks { step, restart, threshold, kinds } => (
+                EventType::Ranks,
+                format!("ranks of the merged update counted after restart {restart}"),
+                json!({"step": step, "restart": restart, "threshold": threshold, "kinds": kinds}),
+                kinds
+                    .iter()
+                    .map(|(linear, c)| (step, format!("rank_{}", linear.name()).into(), c.num_above as f64))
+                    .collect(),
             ),
             Report::Sample { step, prompt, text } => (
                 EventType::Sample,

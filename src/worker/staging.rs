@@ -17,7 +17,7 @@ use crate::{
     domain::{
         checkpoint::is_staged,
         ids::NodeId,
-        lineage::{self, FROZEN_FILE, NodeKind},
+        lineage::{self, FROZEN_FILE, NodeKind, START_FILE},
     },
     storage::{Key, Store, Uploaded},
 };
@@ -70,6 +70,7 @@ async fn stage_state(pool: &PgPool, store: &Store, resume: &ResumePoint, staged:
     for file in nodes::files(pool, &resume.node).await? {
         let path = match file.name.as_str() {
             FROZEN_FILE => lineage::frozen_path(resume.restart),
+            START_FILE => lineage::frozen_path(0),
             name => format!("{state}/{name}"),
         };
         download(store, &file, &staged.out.join(&path)).await?;

@@ -235,6 +235,8 @@ impl<'a> Run<'a> {
             Event::Ready { fingerprint, .. } => Report::Ready(fingerprint),
             Event::Step(step) => Report::Step(step),
             Event::Eval { step, loss, perplexity, num_tokens } => Report::Eval { step, loss, perplexity, num_tokens },
+            Event::OptimizerReset { step, reset, cleared_frac } => Report::OptimizerReset { step, reset, cleared_frac },
+            Event::Ranks { step, restart, threshold, kinds } => Report::Ranks { step, restart, threshold, kinds },
             Event::Sample { step, prompt, text } => Report::Sample { step, prompt, text },
             Event::Warning { step, message } => Report::Warning { step, message },
             Event::Node(report) => {

@@ -1,5 +1,7 @@
 //! The queue and its leases, driven through the functions of `db/` against a real database.
 
+use std::collections::BTreeMap;
+
 use relora::{
     db::{
         leases::{self, Lease, WorkKind, WriteError},
@@ -96,7 +98,7 @@ async fn run_out(pool: &PgPool) {
 }
 
 fn node(kind: NodeKind, step: i64) -> NodeReport {
-    NodeReport { kind, step, restart: 0, files: vec![], stall_ms: 0 }
+    NodeReport { kind, step, restart: 0, files: vec![], stall_ms: 0, update_norms: BTreeMap::new() }
 }
 
 async fn commit(pool: &PgPool, lease: &Lease, job: &JobId, report: NodeReport) -> Result<(), WriteError> {

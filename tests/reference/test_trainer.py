@@ -14,36 +14,31 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
+import draws
 import relora_reference
+import support
+from support import Run
 
-VOCAB_SIZE, SEQUENCE_LENGTH, NUM_STEPS = 256, 17, 40
+VOCAB_SIZE, SEQUENCE_LENGTH, NUM_STEPS, NUM_VALID_TOKENS = 256, 17, 40, 600
 
-SPEC = {
-    "spec_version": 1, "name": "reference", "dataset": "ds_1", "tokenization": "tz_1",
-    "model": {
-        "preset": None, "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 64, "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0, "initializer_range": 0.05, "tie_word_embeddings": False,
+SPEC = support.spec(
+    model={"vocab_size": VOCAB_SIZE},
+    method=support.LOW_RANK | {
+        "type": "relora", "warm_start_steps": 10, "relora_warmup_steps": 3, "restart_every_steps": 10,
+        "reset_every_steps": 10, "restart_warmup_steps": 3, "restart_schedule": "jagged", "restart_lr": "one_over_w",
+        "optimizer_reset": {"type": "zero", "reset_step_count": True}, "allow_short_last_cycle": False,
+        "rank_threshold": None,
     },
-    "method": {
-        "type": "relora", "rank": 4, "alpha": 8.0, "dropout": 0.0, "warm_start_steps": 10, "relora_warmup_steps": 3,
-        "restart_every_steps": 10, "restart_warmup_steps": 3, "restart_lr": "one_over_w",
-        "optimizer_reset": {"type": "zero"}, "allow_short_last_cycle": False,
-    },
-    "optimizer": {
+    optimizer={
         "learning_rate": 5e-3, "warm_start_learning_rate": 3e-3, "betas": [0.9, 0.95], "eps": 1e-6,
         "weight_decay": 0.1, "clip_norm": 1.0,
     },
-    "schedule": {"num_steps": NUM_STEPS, "warmup_steps": 4, "min_lr_frac": 0.1},
-    "batch": {"num_seqs": 10, "sequence_length": SEQUENCE_LENGTH, "micro_batch_seqs": 4},
-    "precision": "fp32", "deterministic": True, "seed": 7,
-    "eval": {"every_steps": 20, "max_tokens": 100000, "prompts": ["w1 w2 w3"]},
-    "checkpoints": {"every_steps": 10}, "state_every_s": 3600,
-    "resources": {"device": "cpu", "num_gpus": 1}, "priority": 0, "labels": {}, "max_runtime_s": None,
-}
+    schedule={"num_steps": NUM_STEPS, "warmup_steps": 4, "min_lr_frac": 0.1},
+    batch={"num_seqs": 10, "sequence_length": SEQUENCE_LENGTH, "micro_batch_seqs": 4, "skip_seqs": 0},
+    eval={"every_steps": 20, "max_tokens": 100000, "prompts": ["w1 w2 w3"]},
+)
 
 MODELS = {"plain": {}, "grouped and tied": {"num_key_value_heads": 2, "tie_word_embeddings": True}}
 
@@ -55,54 +50,16 @@ def spec_of(model):
 
 
 def write_data(folder):
-    """Words that follow each other with some regularity, as token files, and a tokenizer that knows the words."""
-    folder.mkdir()
-    draws = np.random.default_rng(3)
-    counts = {"train": 3000, "valid": 600}
-    for split, count in counts.items():
+    """Words that follow each other with some regularity."""
+    noise = np.random.default_rng(3)
+    splits = []
+    for count in [3000, NUM_VALID_TOKENS]:
         tokens, token = [], 1
         for _ in range(count):
-            token = (token * 5 + int(draws.integers(0, 6))) % VOCAB_SIZE
+            token = (token * 5 + int(noise.integers(0, 6))) % VOCAB_SIZE
             tokens.append(token)
-        np.array(tokens, dtype="<u2").tofile(folder / f"{split}.bin")
-    facts = {"format_version": 1, "dtype": "u16", "vocab_size": VOCAB_SIZE, "train_tokens": counts["train"],
-             "valid_tokens": counts["valid"], "eos_token_id": 0}
-    (folder / "tokenization.json").write_text(json.dumps(facts))
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB_SIZE)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    return folder
-
-
-class Run:
-    """A trainer process. A command is sent, or its stdin closed, when one of the steps is reported."""
-
-    def __init__(self, spec, data, folder, resume=None, at_steps=(), send=None):
-        folder.mkdir(exist_ok=True)
-        self.out = folder / "out"
-        (folder / "spec.json").write_text(json.dumps(spec))
-        # One thread: the model is too small to share, and threads that wait for each other are slow on a busy machine.
-        command = [os.environ["RELORA_TRAINER"], folder / "spec.json", "--data", data, "--out", self.out, "--threads", "1"]
-        if resume:
-            command += ["--resume", resume]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        self.events = []
-        for line in process.stdout:
-            event = json.loads(line)
-            self.events.append(event)
-            if event["event"] == "step" and event["step"] in at_steps:
-                process.stdin.close() if send is None else process.stdin.write(send + "\n")
-                if send:
-                    process.stdin.flush()
-        self.log = process.stderr.read()
-        self.exit_code = process.wait()
-
-    def of(self, kind):
-        return [event for event in self.events if event["event"] == kind]
-
-    def weights(self, step):
-        return load_file(self.out / "checkpoints" / str(step) / "model.safetensors")
+        splits.append(tokens)
+    return support.write_tokens(folder, *splits, VOCAB_SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +76,14 @@ def run(request, data, tmp_path_factory):
 
 
 def test_the_loss_curve_and_the_final_weights_equal_those_of_the_reference(run, data):
-    losses, weights = relora_reference.train(spec_of(run.model), data)
+    spec = spec_of(run.model)
+    reference = relora_reference.train(spec, draws.inputs(spec, support.token_rows(data, "train", SEQUENCE_LENGTH)))
     got = [event["loss"] for event in run.of("step")]
     assert len(got) == NUM_STEPS
-    np.testing.assert_allclose(got, losses, rtol=1e-4)
+    np.testing.assert_allclose(got, reference.losses, rtol=1e-4)
     final = run.weights(NUM_STEPS)
-    assert final.keys() == weights.keys()
-    for name, weight in weights.items():
+    assert final.keys() == reference.weights.keys()
+    for name, weight in reference.weights.items():
         torch.testing.assert_close(final[name], weight, rtol=0, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
     assert got[-1] < got[0] - 0.5, "nothing was learned, so the comparison says little"
 
@@ -136,7 +94,7 @@ def test_transformers_computes_the_loss_that_the_trainer_reported(run, data):
     for step in [10, 20, 40]:
         loss = validation_loss(run.out / "checkpoints" / str(step), data)
         assert abs(loss - evals[step]["loss"]) < 1e-4
-        assert evals[step]["num_tokens"] == 600 // SEQUENCE_LENGTH * (SEQUENCE_LENGTH - 1)
+        assert evals[step]["num_tokens"] == NUM_VALID_TOKENS // SEQUENCE_LENGTH * (SEQUENCE_LENGTH - 1)
 
 
 def test_transformers_computes_the_logits_of_the_trainer(run, tmp_path):
@@ -166,8 +124,7 @@ def test_peft_applies_the_deltas_in_order_and_arrives_at_every_checkpoint(run):
 
 
 def validation_loss(checkpoint, data):
-    tokens = np.fromfile(data / "valid.bin", dtype="<u2").astype(np.int64)
-    rows = torch.from_numpy(tokens[: len(tokens) // SEQUENCE_LENGTH * SEQUENCE_LENGTH]).view(-1, SEQUENCE_LENGTH)
+    rows = support.token_rows(data, "valid", SEQUENCE_LENGTH)
     with torch.no_grad():
         return AutoModelForCausalLM.from_pretrained(checkpoint)(rows, labels=rows).loss.item()
 
@@ -217,7 +174,8 @@ def test_a_run_that_goes_on_from_its_warm_start_stores_the_frozen_weights(data, 
     first = Run(spec_of({}), data, tmp_path, at_steps=[5], send='{"command":"stop"}')
     step = first.events[-1]["step"]
     assert step < 10, "the warm start was over before the stop arrived"
-    rest = Run(spec_of({}), data, tmp_path, resume=first.out / "states" / str(step), at_steps=[12], send='{"command":"save_state"}')
+    state = first.out / "states" / str(step)
+    rest = Run(spec_of({}), data, tmp_path, resume=state, at_steps=[12], send='{"command":"save_state"}')
     (state,) = [event for event in rest.of("node") if event["kind"] == "state"]
     paths = [file["path"] for file in state["files"]]
     assert "frozen/0/frozen.safetensors" in paths

@@ -13,7 +13,7 @@ pub use files::{
     CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, SPECIAL_TOKENS_FILE, TAKEN_FILES, TOKENIZER_FILES, check_set,
     is_staged, is_taken, is_weights, max_bytes,
 };
-pub use tensors::{LINEARS, TensorShape, linear_path, tensors};
+pub use tensors::{EMBEDDING, HEAD, TensorShape, linear_path, tensors};
 pub use weights::{Shard, WeightDtype, check_index, check_tensors, header_bytes, read_header};
 
 /// Problems that one refusal names; a file of noise could have millions.

@@ -1,17 +1,9 @@
 //! The tensors of a model by name and shape: the one list that imports are checked against and the trainer builds.
 
-use crate::domain::spec::ModelSpec;
+use crate::domain::spec::{Linear, ModelSpec};
 
-/// The wrapped matrices of a layer, in the order of `ModelSpec::linear_shapes`.
-pub const LINEARS: [&str; 7] = [
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-];
+pub const EMBEDDING: &str = "model.embed_tokens.weight";
+pub const HEAD: &str = "lm_head.weight";
 
 /// A tensor of a model, by its name in `transformers` checkpoints.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,18 +12,18 @@ pub struct TensorShape {
     pub shape: Vec<i64>,
 }
 
-/// The path of a wrapped matrix: its parameters are `{path}.weight`, `{path}.lora_A.weight`, `{path}.lora_B.weight`.
-pub fn linear_path(layer: i64, linear: usize) -> String {
-    format!("model.layers.{layer}.{}", LINEARS[linear])
+/// The path of a matrix: its parameters are `{path}.weight`, `{path}.lora_A.weight`, `{path}.lora_B.weight`.
+pub fn linear_path(layer: i64, linear: Linear) -> String {
+    format!("model.layers.{layer}.{}", linear.path())
 }
 
 /// Every tensor of the model, without LoRA factors, in the order in which initial weights are drawn.
 pub fn tensors(model: &ModelSpec) -> Vec<TensorShape> {
     let tensor = |name: String, shape: &[i64]| TensorShape { name, shape: shape.to_vec() };
     let hidden = model.hidden_size;
-    let mut all = vec![tensor("model.embed_tokens.weight".into(), &[model.vocab_size, hidden])];
+    let mut all = vec![tensor(EMBEDDING.into(), &[model.vocab_size, hidden])];
     for layer in 0..model.num_hidden_layers {
-        for (linear, (rows, columns)) in model.linear_shapes().into_iter().enumerate() {
+        for (linear, (rows, columns)) in Linear::ALL.into_iter().zip(model.linear_shapes()) {
             all.push(tensor(format!("{}.weight", linear_path(layer, linear)), &[rows, columns]));
         }
         for norm in ["input_layernorm", "post_attention_layernorm"] {
@@ -40,7 +32,7 @@ pub fn tensors(model: &ModelSpec) -> Vec<TensorShape> {
     }
     all.push(tensor("model.norm.weight".into(), &[hidden]));
     if !model.tie_word_embeddings {
-        all.push(tensor("lm_head.weight".into(), &[model.vocab_size, hidden]));
+        all.push(tensor(HEAD.into(), &[model.vocab_size, hidden]));
     }
     all
 }

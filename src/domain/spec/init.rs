@@ -27,7 +27,7 @@ impl TrainSpecRequest {
         {
             problems.push(Problem::new(
                 "/method/type",
-                "builds another network than the checkpoint's: leave out init_checkpoint",
+                "trains other matrices than a checkpoint has: choose another method, or leave out init_checkpoint",
             ));
         }
         let given = self.model.take().unwrap_or_default();
@@ -67,6 +67,7 @@ impl InitFacts {
 fn goes_on_from_weights(kind: MethodType) -> bool {
     match kind {
         MethodType::Full | MethodType::Lora | MethodType::Relora => true,
+        MethodType::Control | MethodType::Factorized => false,
     }
 }
 
@@ -169,9 +170,12 @@ mod tests {
     }
 
     fn begin(model: Value, vocab_size: i64) -> Result<TrainSpec, Vec<String>> {
+        begin_method(json!({"type": "relora", "rank": 8, "restart_every_steps": 50}), model, vocab_size)
+    }
+
+    fn begin_method(method: Value, model: Value, vocab_size: i64) -> Result<TrainSpec, Vec<String>> {
         let (mut request, problems) = TrainSpecRequest::parse(json!({
-            "dataset": "ds_1", "init_checkpoint": "node_1", "model": model,
-            "method": {"type": "relora", "rank": 8, "restart_every_steps": 50},
+            "dataset": "ds_1", "init_checkpoint": "node_1", "model": model, "method": method,
             "schedule": {"num_steps": 100}, "batch": {"num_seqs": 4, "sequence_length": 128}
         }));
         assert_eq!(problems, []);
@@ -205,6 +209,17 @@ mod tests {
         assert_eq!(begin(json!({"preset": "llama-9m"}), 300).unwrap().model.preset.as_deref(), Some("llama-9m"));
         assert_eq!(begin(json!({"preset": "llama-20m"}), 300).unwrap_err(), ["/model/preset"]);
         assert_eq!(begin(json!({"preset": "llama-9000m"}), 300).unwrap_err(), ["/model/preset"]);
+    }
+
+    #[test]
+    fn methods_that_train_other_matrices_are_refused() {
+        for kind in ["full", "lora"] {
+            assert!(begin_method(json!({"type": kind}), Value::Null, 300).is_ok_and(|spec| spec.init_checkpoint.is_some()));
+        }
+        for kind in ["control", "factorized"] {
+            let method = json!({"type": kind, "rank": 8});
+            assert_eq!(begin_method(method, Value::Null, 300).unwrap_err(), ["/method/type"], "{kind}");
+        }
     }
 
     #[test]

@@ -5,11 +5,14 @@
 
 pub(in crate::domain) mod check;
 mod init;
+mod method;
 mod normalise;
+mod normalise_method;
 mod presets;
 mod request;
 #[cfg(test)]
 mod tests;
+mod warnings;
 
 use std::collections::BTreeMap;
 
@@ -17,14 +20,15 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 pub use init::InitFacts;
+pub use method::{
+    ControlSpec, FactorsSpec, Linear, LoraSpec, MethodPreset, MethodSpec, OptimizerReset, ReloraSpec, RestartLr,
+    RestartSchedule,
+};
 pub use normalise::DataFacts;
 pub use presets::PRESETS;
 pub use request::TrainSpecRequest;
 
-use super::{
-    ids::{DatasetId, NodeId, TokenizationId},
-    schedule::Restarts,
-};
+use super::ids::{DatasetId, NodeId, TokenizationId};
 
 /// A training spec with every default filled in.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -53,6 +57,18 @@ pub struct TrainSpec {
     pub max_runtime_s: Option<i64>,
 }
 
+impl TrainSpec {
+    /// The model that is trained: `model`, but for the sizes of a control.
+    pub fn trained_model(&self) -> ModelSpec {
+        match self.method {
+            MethodSpec::Control(ControlSpec { hidden_size, intermediate_size, .. }) => {
+                ModelSpec { preset: None, hidden_size, intermediate_size, ..self.model.clone() }
+            }
+            _ => self.model.clone(),
+        }
+    }
+}
+
 /// A LLaMA model, in the terms of a `transformers` configuration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -77,14 +93,14 @@ impl ModelSpec {
         self.hidden_size / self.num_attention_heads
     }
 
-    /// (out, in) of the seven wrapped matrices of a layer, in the order q, k, v, o, gate, up, down.
+    /// (out, in) of the seven matrices of a layer, in the order of `Linear::ALL`.
     pub fn linear_shapes(&self) -> [(i64, i64); 7] {
         let (h, f) = (self.hidden_size, self.intermediate_size);
         let kv = self.num_key_value_heads * self.head_dim();
         [(h, h), (kv, h), (kv, h), (h, h), (f, h), (f, h), (h, f)]
     }
 
-    /// Parameters of the wrapped matrices.
+    /// Parameters of these matrices in all layers.
     pub fn num_linear_params(&self) -> i64 {
         self.num_hidden_layers * self.linear_shapes().iter().map(|(o, i)| o * i).sum::<i64>()
     }
@@ -96,110 +112,16 @@ impl ModelSpec {
         embeddings + norms + self.num_linear_params()
     }
 
-    /// Parameters of the LoRA factors at this rank.
+    /// Parameters of LoRA factors of this rank beside every matrix.
     pub fn num_lora_params(&self, rank: i64) -> i64 {
         self.num_hidden_layers * self.linear_shapes().iter().map(|(o, i)| rank * (o + i)).sum::<i64>()
     }
 }
 
-/// How the weights are trained. Every method may begin with full-rank updates, the warm start.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
-pub enum MethodSpec {
-    /// Every parameter at full rank.
-    #[schema(title = "FullMethod")]
-    Full {},
-    /// W0 frozen, one pair of factors per matrix for the whole run: W0 + sBA.
-    #[schema(title = "LoraMethod")]
-    Lora { rank: i64, alpha: f64, dropout: f64, warm_start_steps: i64, relora_warmup_steps: i64 },
-    /// LoRA with restarts: merge, draw again, reset the optimizer, warm up again.
-    #[schema(title = "ReloraMethod")]
-    Relora {
-        rank: i64,
-        alpha: f64,
-        dropout: f64,
-        warm_start_steps: i64,
-        relora_warmup_steps: i64,
-        restart_every_steps: i64,
-        restart_warmup_steps: i64,
-        restart_lr: RestartLr,
-        optimizer_reset: OptimizerReset,
-        allow_short_last_cycle: bool,
-    },
-}
-
-/// The factors that a low-rank method trains beside the frozen weights.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct LowRank {
-    pub rank: i64,
-    /// The s of W + sBA: alpha / rank.
-    pub scale: f64,
-    pub dropout: f64,
-    pub warmup_steps: i64,
-}
-
-impl MethodSpec {
-    pub fn low_rank(&self) -> Option<LowRank> {
-        match *self {
-            Self::Full {} => None,
-            Self::Lora { rank, alpha, dropout, relora_warmup_steps, .. }
-            | Self::Relora { rank, alpha, dropout, relora_warmup_steps, .. } => {
-                Some(LowRank { rank, scale: alpha / rank as f64, dropout, warmup_steps: relora_warmup_steps })
-            }
-        }
-    }
-
-    pub fn restarts(&self) -> Option<Restarts> {
-        match *self {
-            Self::Relora { restart_every_steps, restart_warmup_steps, restart_lr, .. } => {
-                Some(Restarts { every_steps: restart_every_steps, warmup_steps: restart_warmup_steps, lr: restart_lr })
-            }
-            _ => None,
-        }
-    }
-
-    pub fn optimizer_reset(&self) -> Option<OptimizerReset> {
-        match *self {
-            Self::Relora { optimizer_reset, .. } => Some(optimizer_reset),
-            _ => None,
-        }
-    }
-
-    /// Updates at full rank, out of `num_steps`.
-    pub fn full_rank_steps(&self, num_steps: i64) -> i64 {
-        match *self {
-            Self::Full {} => num_steps,
-            Self::Lora { warm_start_steps, .. } | Self::Relora { warm_start_steps, .. } => warm_start_steps,
-        }
-    }
-}
-
-/// The learning rate of the first update after a restart.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum RestartLr {
-    /// One part in `restart_warmup_steps` of the value where the warm-up joins the cosine.
-    OneOverW,
-    /// Zero, as in the published code: the first update of a cycle moves nothing.
-    Zero,
-}
-
-/// What a restart does to the Adam state of the LoRA factors.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
-pub enum OptimizerReset {
-    /// Moments and step count back to zero.
-    #[schema(title = "ZeroReset")]
-    Zero {},
-    /// Nothing is reset.
-    #[schema(title = "NoReset")]
-    None {},
-}
-
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct OptimizerSpec {
-    /// Peak rate of the low-rank phase, or of the whole run with `full`.
+    /// Peak rate of the low-rank phase, or of the whole run where there is one phase only.
     pub learning_rate: f64,
     /// Peak rate of the warm start.
     pub warm_start_learning_rate: f64,
@@ -228,6 +150,8 @@ pub struct BatchSpec {
     pub sequence_length: i64,
     /// Sequences that go through the model at once.
     pub micro_batch_seqs: i64,
+    /// Sequences at the start of the run's order that are passed over, because an earlier job has read them.
+    pub skip_seqs: i64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

@@ -1,13 +1,12 @@
 //! From a request to a [`TrainSpec`]: every default filled in, every mistake found, all at once.
 
 use super::{
-    BatchSpec, CheckpointsSpec, EvalSpec, MethodSpec, ModelSpec, OptimizerReset, OptimizerSpec, Precision,
-    ResourcesSpec, RestartLr, ScheduleSpec, TrainSpec, TrainSpecRequest,
+    BatchSpec, CheckpointsSpec, EvalSpec, ModelSpec, OptimizerSpec, Precision, ResourcesSpec, ScheduleSpec, TrainSpec,
+    TrainSpecRequest,
     check::{Bounds, Check, MAX_INTEGER, MAX_STEPS},
+    normalise_method::fill_in_method,
     presets::{self, PRESETS},
-    request::{
-        BatchRequest, MethodRequest, MethodType, MicroBatchRequest, ModelRequest, OptimizerRequest, OptimizerResetType,
-    },
+    request::{BatchRequest, MicroBatchRequest, ModelRequest, OptimizerRequest},
 };
 use crate::domain::{
     ids::{DatasetId, TokenizationId},
@@ -29,6 +28,9 @@ pub struct DataFacts {
 
 /// A trainer is one process on one device.
 const MAX_GPUS: i64 = 1;
+
+/// Draws count sequences in 32 bits.
+const MAX_SEQS: i64 = (1 << 32) - 1;
 
 /// Tokens of a micro-batch that `auto` aims at.
 const AUTO_MICRO_BATCH_TOKENS: i64 = 4_096;
@@ -238,7 +240,8 @@ fn fill_in_batch(check: &mut Check, request: &BatchRequest, data: Option<&DataFa
             format!("{sequence_length} is longer than the {split} data, which has {max_tokens} tokens at most"),
         );
     }
-    BatchSpec { num_seqs, sequence_length, micro_batch_seqs }
+    let skip_seqs = check.integer("/batch/skip_seqs", request.skip_seqs.unwrap_or(0), 0, MAX_SEQS);
+    BatchSpec { num_seqs, sequence_length, micro_batch_seqs, skip_seqs }
 }
 
 fn fill_in_optimizer(check: &mut Check, request: &OptimizerRequest) -> OptimizerSpec {
@@ -259,144 +262,4 @@ fn fill_in_optimizer(check: &mut Check, request: &OptimizerRequest) -> Optimizer
     check.number("/optimizer/weight_decay", spec.weight_decay, Bounds::Closed(0.0, 10.0));
     check.number("/optimizer/clip_norm", spec.clip_norm, Bounds::Closed(0.0, 1e6));
     spec
-}
-
-fn fill_in_method(
-    check: &mut Check,
-    request: Option<&MethodRequest>,
-    model: &ModelSpec,
-    schedule: &ScheduleSpec,
-) -> MethodSpec {
-    let Some((request, kind)) = request.and_then(|request| request.kind.map(|kind| (request, kind))) else {
-        check.problem("/method/type", "is required: full, lora or relora");
-        return MethodSpec::Full {};
-    };
-    refuse_foreign_fields(check, request, kind);
-    if kind == MethodType::Full {
-        return MethodSpec::Full {};
-    }
-
-    let num_steps = schedule.num_steps;
-    let smallest_side = model.linear_shapes().iter().map(|&(o, i)| o.min(i)).min().unwrap_or(1);
-    let rank = request.rank.unwrap_or(128);
-    if rank < 1 || rank >= smallest_side {
-        check.problem(
-            "/method/rank",
-            format!("{rank} is out of range: the smallest wrapped matrix has a side of {smallest_side}, the rank must be from 1 to {}", smallest_side - 1),
-        );
-    }
-    let alpha = request.alpha.unwrap_or(32.0);
-    check.number("/method/alpha", alpha, Bounds::OpenClosed(0.0, 1e6));
-    let dropout = request.dropout.unwrap_or(0.0);
-    check.number("/method/dropout", dropout, Bounds::ClosedOpen(0.0, 1.0));
-    let warm_start_steps =
-        check.integer("/method/warm_start_steps", request.warm_start_steps.unwrap_or(0), 0, num_steps - 1);
-    let low_rank_steps = num_steps - warm_start_steps;
-    let relora_warmup_steps =
-        request.relora_warmup_steps.unwrap_or_else(|| schedule.warmup_steps.min(low_rank_steps - 1));
-    check.integer("/method/relora_warmup_steps", relora_warmup_steps, 0, low_rank_steps - 1);
-    if kind == MethodType::Lora {
-        return MethodSpec::Lora { rank, alpha, dropout, warm_start_steps, relora_warmup_steps };
-    }
-
-    let restart_every_steps =
-        check.required("/method/restart_every_steps", request.restart_every_steps, 1, low_rank_steps);
-    let allow_short_last_cycle = request.allow_short_last_cycle.unwrap_or(false);
-    if restart_every_steps >= 1 && low_rank_steps % restart_every_steps != 0 && !allow_short_last_cycle {
-        check.problem(
-            "/method/restart_every_steps",
-            format!(
-                "{restart_every_steps} does not divide the {low_rank_steps} steps after the warm start; \
-                 change it, schedule.num_steps or warm_start_steps, or set allow_short_last_cycle"
-            ),
-        );
-    }
-    if relora_warmup_steps > restart_every_steps {
-        check.problem(
-            "/method/relora_warmup_steps",
-            format!("{relora_warmup_steps} is longer than a cycle of {restart_every_steps} steps"),
-        );
-    }
-    let restart_warmup_steps = request.restart_warmup_steps.unwrap_or_else(|| (restart_every_steps / 10).clamp(1, 100));
-    if restart_warmup_steps < 1 || restart_warmup_steps >= restart_every_steps.max(2) {
-        check.problem(
-            "/method/restart_warmup_steps",
-            format!("{restart_warmup_steps} is out of range: it must be at least 1 and less than restart_every_steps, {restart_every_steps}"),
-        );
-    }
-    let reset = request.optimizer_reset.clone().unwrap_or_default();
-    MethodSpec::Relora {
-        rank,
-        alpha,
-        dropout,
-        warm_start_steps,
-        relora_warmup_steps,
-        restart_every_steps,
-        restart_warmup_steps,
-        restart_lr: request.restart_lr.unwrap_or(RestartLr::OneOverW),
-        optimizer_reset: match reset.kind.unwrap_or(OptimizerResetType::Zero) {
-            OptimizerResetType::Zero => OptimizerReset::Zero {},
-            OptimizerResetType::None => OptimizerReset::None {},
-        },
-        allow_short_last_cycle,
-    }
-}
-
-/// A field that the method does not read would be a silent misunderstanding.
-fn refuse_foreign_fields(check: &mut Check, request: &MethodRequest, kind: MethodType) {
-    let low_rank = [
-        ("rank", request.rank.is_some()),
-        ("alpha", request.alpha.is_some()),
-        ("dropout", request.dropout.is_some()),
-        ("warm_start_steps", request.warm_start_steps.is_some()),
-        ("relora_warmup_steps", request.relora_warmup_steps.is_some()),
-    ];
-    let restarts = [
-        ("restart_every_steps", request.restart_every_steps.is_some()),
-        ("restart_warmup_steps", request.restart_warmup_steps.is_some()),
-        ("restart_lr", request.restart_lr.is_some()),
-        ("optimizer_reset", request.optimizer_reset.is_some()),
-        ("allow_short_last_cycle", request.allow_short_last_cycle.is_some()),
-    ];
-    let (foreign, name): (Vec<_>, _) = match kind {
-        MethodType::Full => (low_rank.iter().chain(&restarts).collect(), "full"),
-        MethodType::Lora => (restarts.iter().collect(), "lora"),
-        MethodType::Relora => return,
-    };
-    for (field, _) in foreign.into_iter().filter(|(_, given)| *given) {
-        check.problem(format!("/method/{field}"), format!("does not belong to the method {name}"));
-    }
-}
-
-impl TrainSpec {
-    /// What the spec asks for that cannot gain, or is a likely mistake.
-    pub fn warnings(&self) -> Vec<String> {
-        let mut warnings = Vec::new();
-        let Some(low_rank) = self.method.low_rank() else { return warnings };
-        let rank = low_rank.rank;
-        // Freezing saves 2·in·out FLOPs per token, the factors add 6·r·(in+out) (relora.md 6.4).
-        let no_gain = self.model.linear_shapes().iter().filter(|&&(o, i)| 3 * rank * (o + i) > o * i).count();
-        if no_gain > 0 {
-            warnings.push(format!(
-                "/method/rank: at rank {rank} the LoRA factors cost more arithmetic than freezing saves, in {no_gain} of \
-                 the 7 matrices of a layer; expect no gain in speed at this model size"
-            ));
-        }
-        if self.model.num_lora_params(rank) >= self.model.num_linear_params() {
-            warnings.push(format!(
-                "/method/rank: at rank {rank} the LoRA factors have as many parameters as the matrices they update; \
-                 expect no gain in memory at this model size"
-            ));
-        }
-        if let Some(restarts) = self.method.restarts()
-            && restarts.every_steps < 10 * restarts.warmup_steps
-        {
-            warnings.push(format!(
-                "/method/restart_every_steps: a cycle of {} steps spends more than a tenth of its steps in the \
-                 learning-rate warm-up of {} steps",
-                restarts.every_steps, restarts.warmup_steps
-            ));
-        }
-        warnings
-    }
 }

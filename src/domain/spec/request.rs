@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::{Device, Precision, RestartLr};
+use super::{Device, Linear, MethodPreset, Precision, RestartLr, RestartSchedule};
 use crate::domain::{
     ids::{DatasetId, NodeId, TokenizationId},
     json,
@@ -79,8 +79,22 @@ pub struct ModelRequest {
 #[serde(rename_all = "snake_case")]
 pub enum MethodType {
     Full,
+    Control,
+    Factorized,
     Lora,
     Relora,
+}
+
+impl MethodType {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Full => "full",
+            Self::Control => "control",
+            Self::Factorized => "factorized",
+            Self::Lora => "lora",
+            Self::Relora => "relora",
+        }
+    }
 }
 
 /// A field that does not belong to the named method is refused.
@@ -90,31 +104,54 @@ pub struct MethodRequest {
     #[serde(rename = "type")]
     #[schema(required, value_type = MethodType)]
     pub kind: Option<MethodType>,
+    /// Where the defaults of `lora` and `relora` come from; `recommended` by default.
+    pub preset: Option<MethodPreset>,
     /// Rank of the LoRA factors; 128 by default.
     pub rank: Option<i64>,
-    /// The factors' product is scaled by alpha / rank; 32 by default.
+    /// The factors' product is scaled by alpha / rank; 32 by default. Or give `scale`.
     pub alpha: Option<f64>,
-    /// Dropout on the input of the LoRA branch; 0 by default.
+    /// What the factors' product is scaled by.
+    pub scale: Option<f64>,
+    /// Dropout on the input of the LoRA branch; 0 by default, 0.1 if `published`.
     pub dropout: Option<f64>,
+    /// The matrices that get factors; all seven by default. The others train at full rank.
+    pub target_modules: Option<Vec<Linear>>,
+    /// Whether the embeddings train beside the factors; true by default.
+    pub train_embeddings: Option<bool>,
+    /// Whether the head trains beside the factors; true by default.
+    pub train_head: Option<bool>,
     /// Full-rank updates before the model is wrapped; 0 by default.
     pub warm_start_steps: Option<i64>,
     /// Learning-rate warm-up at the start of the low-rank phase; by default the schedule's.
     pub relora_warmup_steps: Option<i64>,
+    /// Updates between merges.
     pub restart_every_steps: Option<i64>,
-    /// Learning-rate warm-up after a restart; by default a tenth of the cycle, 100 at most.
+    /// Updates between resets of optimizer and learning rate; by default `restart_every_steps`.
+    pub reset_every_steps: Option<i64>,
+    /// Learning-rate warm-up after a reset; by default a tenth of the period, 100 at most.
     pub restart_warmup_steps: Option<i64>,
-    /// `one_over_w` by default.
+    /// `jagged` by default.
+    pub restart_schedule: Option<RestartSchedule>,
+    /// `one_over_w` by default, `zero` if `published`.
     pub restart_lr: Option<RestartLr>,
     /// `zero` by default.
     pub optimizer_reset: Option<OptimizerResetRequest>,
     /// Allows a last cycle shorter than the others.
     pub allow_short_last_cycle: Option<bool>,
+    /// Reports at every restart how many singular values of W - W(warm start) lie above this.
+    pub rank_threshold: Option<f64>,
+    /// Width of a control; by default what fits its number of parameters.
+    pub hidden_size: Option<i64>,
+    /// Feed-forward width of a control; by default what fits its number of parameters.
+    pub intermediate_size: Option<i64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OptimizerResetType {
     Zero,
+    Magnitude,
+    Random,
     None,
 }
 
@@ -123,6 +160,12 @@ pub enum OptimizerResetType {
 pub struct OptimizerResetRequest {
     #[serde(rename = "type")]
     pub kind: Option<OptimizerResetType>,
+    /// The share that `magnitude` and `random` clear.
+    pub frac: Option<f64>,
+    /// Whether Adam's step count begins again too; true by default, false if `published`.
+    pub reset_step_count: Option<bool>,
+    /// Whether `magnitude` and `random` clear both moments at the same places; true by default, false if `published`.
+    pub joint_mask: Option<bool>,
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
@@ -165,6 +208,8 @@ pub struct BatchRequest {
     pub sequence_length: Option<i64>,
     /// A number of sequences, or `auto`.
     pub micro_batch_seqs: Option<MicroBatchRequest>,
+    /// Sequences at the start of the run's order to pass over, because an earlier job has read them; 0 by default.
+    pub skip_seqs: Option<i64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]

@@ -56,15 +56,115 @@ fn a_short_spec_is_completed_with_defaults() {
     assert_eq!(spec.schedule.warmup_steps, 50);
     assert_eq!(spec.optimizer.warm_start_learning_rate, 5e-4);
     assert_eq!(spec.batch.micro_batch_seqs, 16);
-    assert_eq!(spec.method.low_rank().unwrap().scale, 0.5);
-    assert_eq!(spec.method.restarts().unwrap().warmup_steps, 20);
+    let relora = spec.method.relora().unwrap();
+    assert_eq!(relora.lora.factors.scale, 0.5);
+    assert_eq!(relora.lora.factors.target_modules, Linear::ALL);
+    assert_eq!((relora.reset_every_steps, relora.restart_warmup_steps), (200, 20));
+    assert_eq!(relora.optimizer_reset, OptimizerReset::Zero { reset_step_count: true });
+    assert_eq!((relora.restart_lr, relora.restart_schedule), (RestartLr::OneOverW, RestartSchedule::Jagged));
 }
 
 #[test]
 fn a_normalised_spec_reads_back_as_it_was_written() {
-    let (spec, _) = normalise(good()).unwrap();
-    let text = serde_json::to_string(&spec).unwrap();
-    assert_eq!(serde_json::from_str::<TrainSpec>(&text).unwrap(), spec);
+    for method in every_method() {
+        let (spec, _) = normalise(with("/method", method)).unwrap();
+        let json = serde_json::to_value(&spec).unwrap();
+        assert_eq!(serde_json::from_value::<TrainSpec>(json.clone()).unwrap(), spec);
+        // It may also be sent again.
+        assert_eq!(normalise(json).unwrap().0, spec);
+    }
+}
+
+fn every_method() -> Vec<Value> {
+    let relora = |reset: Value| {
+        json!({"type": "relora", "rank": 64, "warm_start_steps": 400, "restart_every_steps": 100,
+            "reset_every_steps": 300, "rank_threshold": 0.1, "restart_schedule": "plain", "optimizer_reset": reset})
+    };
+    vec![
+        json!({"type": "full"}),
+        json!({"type": "control", "rank": 64}),
+        json!({"type": "factorized", "rank": 64, "target_modules": ["down_proj", "q_proj"], "train_head": false}),
+        json!({"type": "lora", "rank": 64, "scale": 0.3, "preset": "published", "warm_start_steps": 10}),
+        relora(json!({"type": "zero", "reset_step_count": false})),
+        relora(json!({"type": "magnitude", "frac": 0.9})),
+        relora(json!({"type": "random", "frac": 0.999, "joint_mask": false})),
+        relora(json!({"type": "none"})),
+    ]
+}
+
+#[test]
+fn the_preset_published_does_as_the_papers_code_did() {
+    let mut json = with("/method/preset", json!("published"));
+    let (spec, _) = normalise(json.clone()).unwrap();
+    let relora = spec.method.relora().unwrap();
+    assert_eq!(relora.restart_lr, RestartLr::Zero);
+    assert_eq!(relora.optimizer_reset, OptimizerReset::Zero { reset_step_count: false });
+    assert_eq!(relora.lora.factors.dropout, 0.1);
+
+    json["method"]["dropout"] = json!(0.0);
+    json["method"]["optimizer_reset"] = json!({"type": "magnitude", "frac": 0.8});
+    let (spec, _) = normalise(json).unwrap();
+    let relora = spec.method.relora().unwrap();
+    assert_eq!(relora.lora.factors.dropout, 0.0);
+    let independent = OptimizerReset::Magnitude { frac: 0.8, reset_step_count: false, joint_mask: false };
+    assert_eq!(relora.optimizer_reset, independent);
+}
+
+#[test]
+fn a_control_has_as_many_parameters_as_lora_trains() {
+    for (preset, vocab_size) in
+        [("llama-60m", 32_100), ("llama-130m", 4_096), ("llama-350m", 32_100), ("llama-1b", 32_100)]
+    {
+        let mut json = with("/method", json!({"type": "control", "rank": 64}));
+        json["model"] = json!({"preset": preset, "vocab_size": vocab_size});
+        let (spec, _) = normalise(json).unwrap();
+        let (model, control) = (&spec.model, spec.trained_model());
+        let trained = model.num_params() - model.num_linear_params() + model.num_lora_params(64);
+        let error = (control.num_params() - trained).abs() as f64 / trained as f64;
+        assert!(error < 2e-3, "{preset}: {control:?} has {}, wanted {trained}", control.num_params());
+        assert!(control.hidden_size < model.hidden_size);
+        let aspect = |model: &ModelSpec| model.intermediate_size as f64 / model.hidden_size as f64;
+        assert!((aspect(&control) / aspect(model)).ln().abs() < 0.5, "{preset}: {control:?}");
+    }
+}
+
+#[test]
+fn a_choice_that_the_method_does_not_have_is_refused_by_name() {
+    let refused = |method: Value| pointers(with("/method", method));
+    assert_eq!(refused(json!({"type": "control", "rank": 8, "dropout": 0.1})), ["/method/dropout"]);
+    assert_eq!(refused(json!({"type": "factorized", "rank": 8, "warm_start_steps": 5})), ["/method/warm_start_steps"]);
+    assert_eq!(refused(json!({"type": "lora", "rank": 8, "alpha": 8, "scale": 1})), ["/method/scale"]);
+    assert_eq!(refused(json!({"type": "lora", "rank": 8, "target_modules": []})), ["/method/target_modules"]);
+    let reset = |reset: Value| pointers(with("/method/optimizer_reset", reset));
+    assert_eq!(reset(json!({"type": "magnitude"})), ["/method/optimizer_reset/frac"]);
+    assert_eq!(reset(json!({"type": "random", "frac": 1.5})), ["/method/optimizer_reset/frac"]);
+    assert_eq!(reset(json!({"type": "zero", "frac": 0.5})), ["/method/optimizer_reset/frac"]);
+    assert_eq!(reset(json!({"type": "none", "reset_step_count": true})), ["/method/optimizer_reset/reset_step_count"]);
+    assert_eq!(pointers(with("/method/reset_every_steps", json!(350))), ["/method/reset_every_steps"]);
+    let mut tied = with("/model/tie_word_embeddings", json!(true));
+    tied["method"]["train_embeddings"] = json!(false);
+    tied["method"]["train_head"] = json!(true);
+    assert_eq!(pointers(tied), ["/method/train_head"]);
+}
+
+/// Every example is a spec that the service takes.
+#[test]
+fn the_examples_are_valid_specs() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("examples");
+    let mut num_examples = 0;
+    for entry in folder.read_dir().unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|extension| extension != "json") {
+            continue;
+        }
+        let json: Value = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        let (request, problems) = TrainSpecRequest::parse(json);
+        assert_eq!(problems, [], "{}", path.display());
+        let data = DataFacts { max_train_tokens: i64::MAX, max_valid_tokens: i64::MAX, vocab_size: 32_100, ..data() };
+        assert!(request.normalise(Some(&data)).is_ok(), "{}: {:?}", path.display(), request.normalise(Some(&data)));
+        num_examples += 1;
+    }
+    assert!(num_examples > 1);
 }
 
 #[test]

@@ -1,0 +1,45 @@
+//! What a valid spec asks for that cannot gain, or is a likely mistake.
+
+use super::{ModelSpec, ReloraSpec, RestartSchedule, TrainSpec};
+
+impl TrainSpec {
+    pub fn warnings(&self) -> Vec<String> {
+        let mut warnings = Vec::new();
+        if let Some(factors) = self.method.factors() {
+            warnings.extend(rank_warnings(&self.model, factors.rank, factors.target_shapes(&self.model).collect()));
+        }
+        warnings.extend(self.method.relora().and_then(cycle_warning));
+        warnings
+    }
+}
+
+fn rank_warnings(model: &ModelSpec, rank: i64, shapes: Vec<(i64, i64)>) -> Vec<String> {
+    let mut warnings = Vec::new();
+    // Freezing saves 2·in·out FLOPs per token, the factors add 6·r·(in+out) (relora.md 6.4).
+    let no_gain = shapes.iter().filter(|&&(o, i)| 3 * rank * (o + i) > o * i).count();
+    if no_gain > 0 {
+        warnings.push(format!(
+            "/method/rank: at rank {rank} the LoRA factors cost more arithmetic than freezing saves, in {no_gain} of \
+             the {} matrices of a layer; expect no gain in speed at this model size",
+            shapes.len()
+        ));
+    }
+    if model.num_lora_params(rank) >= model.num_linear_params() {
+        warnings.push(format!(
+            "/method/rank: at rank {rank} the LoRA factors have as many parameters as the matrices they update; \
+             expect no gain in memory at this model size"
+        ));
+    }
+    warnings
+}
+
+fn cycle_warning(relora: &ReloraSpec) -> Option<String> {
+    let (cycle, warmup) = (relora.reset_every_steps, relora.restart_warmup_steps);
+    let is_short = relora.restart_schedule == RestartSchedule::Jagged && cycle < 10 * warmup;
+    is_short.then(|| {
+        format!(
+            "/method/restart_warmup_steps: a cycle of {cycle} steps spends more than a tenth of its steps in the \
+             learning-rate warm-up of {warmup} steps"
+        )
+    })
+}
