@@ -218,6 +218,9 @@ fn describe(dataset: &Dataset) -> String {
 
 fn describe_tokenization(tokenization: &Tokenization) -> String {
     let mut text = format!("tokenization {}  {:?}", tokenization.id, tokenization.state).to_lowercase();
+    if let Some(checkpoint) = &tokenization.tokenizer_checkpoint {
+        text.push_str(&format!("  tokenizer of {checkpoint}"));
+    }
     if let (Some(vocab), Some(train), Some(valid)) =
         (tokenization.tokenizer_vocab_size, tokenization.train_tokens, tokenization.valid_tokens)
     {

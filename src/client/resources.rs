@@ -34,6 +34,8 @@ pub struct Dataset {
 pub struct Tokenization {
     pub id: TokenizationId,
     pub state: TokenizationState,
+    /// None for one that is learned from the text.
+    pub tokenizer_checkpoint: Option<NodeId>,
     pub tokenizer_vocab_size: Option<i64>,
     pub train_tokens: Option<i64>,
     pub valid_tokens: Option<i64>,

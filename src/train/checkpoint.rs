@@ -137,19 +137,24 @@ mod tests {
 
     use super::*;
     use crate::{
-        domain::lineage::MODEL_FILE,
+        domain::{contract::Event, lineage::MODEL_FILE},
         train::{layout, tensor_file, test_support},
     };
 
     /// A folder with drawn weights as a run stores them, and the spec that they belong to.
     fn given_checkpoint() -> (tempfile::TempDir, TrainSpec, Weights) {
         let folder = test_support::scratch_dir();
+        let (spec, weights) = write_checkpoint(folder.path());
+        (folder, spec, weights)
+    }
+
+    fn write_checkpoint(folder: &Path) -> (TrainSpec, Weights) {
         let spec = test_support::spec(json!({"init_checkpoint": "node_1"}));
         let weights = Weights::initial(&TrainSpec { seed: 5, ..spec.clone() }, Device::Cpu);
-        tensor_file::write(&folder.path().join(MODEL_FILE), &weights.merged()).unwrap();
+        tensor_file::write(&folder.join(MODEL_FILE), &weights.merged()).unwrap();
         let config = layout::model_config(&spec.model, 0).to_string();
-        fs::write(folder.path().join(CONFIG_FILE), config).unwrap();
-        (folder, spec, weights)
+        fs::write(folder.join(CONFIG_FILE), config).unwrap();
+        (spec, weights)
     }
 
     fn error(folder: &Path, spec: &TrainSpec) -> TrainError {
@@ -163,6 +168,20 @@ mod tests {
         assert!(read.full_rank.values.equal(&weights.full_rank.values));
         let error = first_weights(None, &spec, Device::Cpu).err().expect("is refused");
         assert!(error.kind == FailureKind::UserConfig && error.message.contains("node_1"), "{error}");
+    }
+
+    #[test]
+    fn a_run_that_goes_on_from_a_state_needs_no_checkpoint_any_more() {
+        let folder = test_support::scratch_dir();
+        let weights = folder.path().join("weights");
+        fs::create_dir(&weights).unwrap();
+        let (spec, _) = write_checkpoint(&weights);
+        test_support::try_train(folder.path(), &spec, None, Some(3)).unwrap();
+        fs::remove_dir_all(&weights).unwrap();
+        assert!(test_support::try_train(folder.path(), &spec, None, None).is_err(), "the beginning needs it");
+        let state = folder.path().join("out/states/3");
+        let events = test_support::try_train(folder.path(), &spec, Some(state), None).unwrap();
+        assert_eq!(events.last(), Some(&Event::Done { step: spec.schedule.num_steps }));
     }
 
     #[test]

@@ -149,7 +149,7 @@ pub fn try_train(
         data,
         out: dir.join("out"),
         resume,
-        weights: None,
+        weights: spec.init_checkpoint.as_ref().map(|_| dir.join("weights")),
         rank: 0,
         world_size: 1,
         threads: None,
