@@ -147,14 +147,16 @@ def tuning_table(definition, results, summaries):
         tried = tried_rates(definition, row, results.losses())
         cells = [f"{rate:g}: {_perplexity(math.exp(loss))}" for rate, loss in tried]
         chosen = [f"**{cell}**" if rate == summaries[row].rate else cell for cell, (rate, _) in zip(cells, tried)]
-        rows.append([f"`{row}`", ", ".join(chosen) or compare.NOT_RUN])
+        is_at_end = bool(tried) and summaries[row].rate in (tried[0][0], tried[-1][0])
+        rows.append([f"`{row}`", ", ".join(chosen) or compare.NOT_RUN, "yes" if is_at_end else ""])
     borrowed = [f"`{row}` has the rate of `{described['rate_of']}`"
                 for row, described in definition.rows.items() if "rate_of" in described]
     return (
         f"## Learning rates\n\nPerplexity of seed {definition.tuning['seed']} by peak rate; the chosen one in bold. A "
         "best rate at an end of the grid had the next one tried as well, up to "
         f"{definition.tuning['max_extensions']} times.\n\n"
-        + markdown_table(["row", "rate: perplexity"], rows) + "\n\n" + "; ".join(borrowed) + "."
+        + markdown_table(["row", "rate: perplexity", "chosen at an end of what was tried"], rows)
+        + "\n\n" + "; ".join(borrowed) + "."
     )
 
 

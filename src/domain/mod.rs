@@ -7,6 +7,7 @@ pub mod ids;
 pub mod job;
 pub mod json;
 pub mod lineage;
+pub mod memory;
 pub mod problem;
 pub mod schedule;
 pub mod spec;

@@ -24,10 +24,8 @@ use crate::domain::{
 
 /// One split: its rows of `sequence_length` tokens. A last, shorter row is left out.
 pub struct Split {
-    path: PathBuf,
     bytes: Mmap,
     dtype: TokenDtype,
-    vocab_size: i64,
     sequence_length: i64,
     pub num_rows: i64,
 }
@@ -71,7 +69,7 @@ impl Dataset {
 
     /// Training rows from the `first_seq`-th of the run on, (num_seqs, S). Every pass over the data has an order of its
     /// own.
-    pub fn training_rows(&self, first_seq: i64, num_seqs: i64, device: Device) -> Result<Tensor, TrainError> {
+    pub fn training_rows(&self, first_seq: i64, num_seqs: i64, device: Device) -> Tensor {
         let num_rows = self.train.num_rows;
         let rows = (first_seq..first_seq + num_seqs).map(|seq| {
             let order = Permutation::new(num_rows, Draws::new(self.seed, Purpose::RowOrder, [seq / num_rows, 0]));
@@ -98,11 +96,17 @@ impl Split {
         if has != wants {
             return Err(TrainError::data(&path, format!("it has {has} bytes, tokenization.json says {wants}")));
         }
-        Ok(Self { path, bytes, dtype: facts.dtype, vocab_size: facts.vocab_size, sequence_length, num_rows })
+        // An index outside the embedding would end the process on a GPU, without a word.
+        if let Some((place, token)) = first_outside(&bytes, facts.dtype, facts.vocab_size) {
+            let vocab_size = facts.vocab_size;
+            let reason = format!("its token number {place} is {token}, the vocabulary has {vocab_size}");
+            return Err(TrainError::data(&path, reason));
+        }
+        Ok(Self { bytes, dtype: facts.dtype, sequence_length, num_rows })
     }
 
     /// These rows, (len, S), on the device.
-    pub fn rows(&self, rows: impl Iterator<Item = i64>, device: Device) -> Result<Tensor, TrainError> {
+    pub fn rows(&self, rows: impl Iterator<Item = i64>, device: Device) -> Tensor {
         let row_bytes = self.sequence_length as usize * self.dtype.bytes();
         let mut tokens = Vec::new();
         for row in rows {
@@ -116,11 +120,25 @@ impl Split {
                 }
             }
         }
-        // An index outside the embedding would end the process on a GPU, without a word.
-        if let Some(token) = tokens.iter().find(|&&token| token >= self.vocab_size) {
-            let reason = format!("it holds the token {token}, the vocabulary has {}", self.vocab_size);
-            return Err(TrainError::data(&self.path, reason));
-        }
-        Ok(Tensor::from_slice(&tokens).view([-1, self.sequence_length]).to_device(device))
+        Tensor::from_slice(&tokens).view([-1, self.sequence_length]).to_device(device)
     }
+}
+
+/// The first token outside the vocabulary, and its place. Blocks are judged by their largest token, which is quick.
+fn first_outside(bytes: &[u8], dtype: TokenDtype, vocab_size: i64) -> Option<(usize, i64)> {
+    const BLOCK_BYTES: usize = 1 << 16;
+    let token_at = |block: &[u8], index: usize| match dtype {
+        TokenDtype::U16 => i64::from(u16::from_le_bytes(block.as_chunks().0[index])),
+        TokenDtype::U32 => i64::from(u32::from_le_bytes(block.as_chunks().0[index])),
+    };
+    let largest = |block: &[u8]| match dtype {
+        TokenDtype::U16 => block.as_chunks().0.iter().map(|&two| i64::from(u16::from_le_bytes(two))).max(),
+        TokenDtype::U32 => block.as_chunks().0.iter().map(|&four| i64::from(u32::from_le_bytes(four))).max(),
+    };
+    let (number, block) = bytes
+        .chunks(BLOCK_BYTES)
+        .enumerate()
+        .find(|(_, block)| largest(block).is_some_and(|token| token >= vocab_size))?;
+    let in_block = (0..block.len() / dtype.bytes()).find(|&index| token_at(block, index) >= vocab_size)?;
+    Some((number * BLOCK_BYTES / dtype.bytes() + in_block, token_at(block, in_block)))
 }

@@ -2,7 +2,7 @@
 
 use std::{any::Any, fmt::Display, path::Path};
 
-use crate::domain::job::FailureKind;
+use crate::domain::{job::FailureKind, memory::MemoryNeeds, spec::TrainSpec};
 
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
@@ -39,6 +39,19 @@ impl TrainError {
             .or_else(|| payload.downcast_ref::<&str>().map(|text| (*text).to_owned()))
             .unwrap_or_else(|| "the trainer panicked".into());
         Self::new(kind_of(&message), message)
+    }
+
+    /// Of a run that memory was too small for: what it holds there, so that its owner sees what to make smaller.
+    pub fn with_sizes(self, spec: &TrainSpec) -> Self {
+        if self.kind != FailureKind::OutOfMemory {
+            return self;
+        }
+        let memory = MemoryNeeds::of(spec);
+        let message = format!(
+            "out of memory: {memory}; lower batch/micro_batch_seqs or take a smaller model. libtorch says: {}",
+            self.message
+        );
+        Self { message, ..self }
     }
 }
 

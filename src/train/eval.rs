@@ -32,7 +32,7 @@ pub fn evaluate(
     spec: &TrainSpec,
     device: Device,
     mut is_interrupted: impl FnMut() -> bool,
-) -> Result<Option<Evaluation>, TrainError> {
+) -> Option<Evaluation> {
     let _guard = tch::no_grad_guard();
     let sequence_length = spec.batch.sequence_length;
     let num_rows = (spec.eval.max_tokens / sequence_length).clamp(1, split.num_rows);
@@ -40,15 +40,15 @@ pub fn evaluate(
     let mut first_row = 0;
     while first_row < num_rows {
         if is_interrupted() {
-            return Ok(None);
+            return None;
         }
         let end = (first_row + spec.batch.micro_batch_seqs).min(num_rows);
-        let rows = split.rows(first_row..end, device)?;
+        let rows = split.rows(first_row..end, device);
         summed_loss += model.summed_loss(&rows, None).double_value(&[]); // device sync
         first_row = end;
     }
     let num_tokens = num_rows * (sequence_length - 1);
-    Ok(Some(Evaluation { loss: summed_loss / num_tokens as f64, num_tokens }))
+    Some(Evaluation { loss: summed_loss / num_tokens as f64, num_tokens })
 }
 
 /// Continues every prompt of the spec. The draws depend on the seed and the prompt's place alone.

@@ -302,10 +302,12 @@ fn tokens_outside_the_vocabulary_fail_as_data() {
     let data = dir.path().join("data");
     fs::create_dir(&data).expect("create");
     super::test_support::write_data(&data);
-    fs::write(data.join("train.bin"), vec![0xff; 1_000]).expect("write");
+    let mut tokens = vec![0; 1_000];
+    tokens[600..602].copy_from_slice(&[0xff, 0xff]);
+    fs::write(data.join("train.bin"), tokens).expect("write");
     let error = try_train(dir.path(), &spec(json!({})), None, None).expect_err("bad tokens");
     assert_eq!(error.kind, FailureKind::Data);
-    assert!(error.message.contains("65535"), "{error}");
+    assert!(error.message.contains("train.bin: its token number 300 is 65535"), "{error}");
 }
 
 #[test]

@@ -81,12 +81,14 @@ pub fn write_logits(checkpoint: &Path, out: &Path) -> ExitCode {
 /// Runs to the last event. Whatever goes wrong becomes a `Failed` event and a non-zero exit code.
 pub fn run(args: &Args) -> ExitCode {
     let events = Events::new(std::io::stdout());
-    let result = catch_unwind(AssertUnwindSafe(|| {
-        let spec = read_spec(args)?;
-        let device = device::set_up(spec.resources.device, args.threads)?;
-        train(args, spec, device, &events, events::commands_from_stdin())
-    }))
-    .unwrap_or_else(|panic| Err(TrainError::from_panic(&*panic)));
+    let result = read_spec(args).and_then(|spec| {
+        let run = || {
+            let device = device::set_up(spec.resources.device, args.threads)?;
+            train(args, spec.clone(), device, &events, events::commands_from_stdin())
+        };
+        let result = catch_unwind(AssertUnwindSafe(run));
+        result.unwrap_or_else(|panic| Err(TrainError::from_panic(&*panic))).map_err(|error| error.with_sizes(&spec))
+    });
     match result {
         Ok(_) => ExitCode::SUCCESS,
         Err(TrainError { kind, message }) => {

@@ -140,7 +140,7 @@ impl Run {
 
             let started = Instant::now();
             let learning_rate = self.schedule.learning_rate(step);
-            let loss = self.accumulate_gradients()?;
+            let loss = self.accumulate_gradients();
             let grad_norm = self.gradient_norm();
             // Reading the loss and the norm waits for the device, once per update.
             let (loss, grad_norm) = (loss.double_value(&[]), grad_norm.double_value(&[]));
@@ -224,7 +224,7 @@ impl Run {
     fn evaluate(&mut self) -> Result<(), TrainError> {
         let Self { model, dataset, spec, device, inbox, .. } = self;
         let is_interrupted = || inbox.read().is_stopping;
-        let evaluation = eval::evaluate(model, &dataset.valid, spec, *device, is_interrupted)?;
+        let evaluation = eval::evaluate(model, &dataset.valid, spec, *device, is_interrupted);
         self.state.evaluation_due = evaluation.is_none();
         let Some(evaluation) = evaluation else { return Ok(()) };
         let (step, perplexity) = (self.state.step, evaluation.loss.exp());
@@ -247,7 +247,7 @@ impl Run {
     }
 
     /// Forward and backward over the next global batch, in micro-batches. Returns the mean loss over all its targets.
-    fn accumulate_gradients(&mut self) -> Result<Tensor, TrainError> {
+    fn accumulate_gradients(&mut self) -> Tensor {
         let batch = &self.spec.batch;
         let num_targets = (batch.num_seqs * (batch.sequence_length - 1)) as f64;
         let first_seq = batch.skip_seqs + self.state.num_batches * batch.num_seqs;
@@ -258,7 +258,7 @@ impl Run {
         let mut done_seqs = 0;
         while done_seqs < batch.num_seqs {
             let num_seqs = batch.micro_batch_seqs.min(batch.num_seqs - done_seqs);
-            let rows = self.dataset.training_rows(first_seq + done_seqs, num_seqs, self.device)?;
+            let rows = self.dataset.training_rows(first_seq + done_seqs, num_seqs, self.device);
             let place = DropoutPlace { seed: self.spec.seed, first_seq: first_seq + done_seqs };
             let share = self.model.summed_loss(&rows, Some(place)) / num_targets;
             let leaves: Vec<_> = self.weights.groups().flat_map(|group| &group.leaves).collect();
@@ -272,7 +272,7 @@ impl Run {
         }
         self.state.num_batches += 1;
         self.state.num_tokens += self.tokens_per_batch();
-        Ok(loss)
+        loss
     }
 
     /// Over all trained parameters together.

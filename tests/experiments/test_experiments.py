@@ -28,7 +28,11 @@ MODEL = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "
 
 @pytest.fixture
 def table2():
-    return definitions.read(TABLE2)
+    """The definition as it is, but for the rates, which may be chosen anew at any time."""
+    rates = {row: {"rates": [5e-4, 1e-3, 2e-3]} for row in ("full", "control")}
+    rates |= {row: {"rates": [1e-3, 2e-3, 4e-3]} for row in ("factorized", "lora_warm", "relora")}
+    document = merge_patch(definitions.read(TABLE2).document, {"rows": rates})
+    return definitions.Definition("table2.json", document)
 
 
 def line(definition, run, loss, warm_start_rate=2e-3, **changes):
@@ -335,7 +339,7 @@ def test_the_report_is_made_of_the_results_alone(table2, tmp_path):
     assert "| `full` < `relora` | 23.65 < 25.04 (130M) |" in text
     assert "- Does not hold, beyond the spread: `relora` < `lora_warm`" in text
     assert "3, 1 diverged" in text and "| restarts_reset rate 0.002 seed 2 | diverged | the loss is NaN |" in text
-    assert "0.0005: " in text and "**0.001: " in text
+    assert "0.0005: " in text and "**0.001: " in text and " | yes |" not in text
     assert set(json.loads((tmp_path / "specs.json").read_text())) == set(table2.rows)
 
 
@@ -378,3 +382,12 @@ def test_the_services_count_of_singular_values_stands_beside_ours(table2, tmp_pa
     text = (tmp_path / "README.md").read_text()
     assert "| matrix | `relora` | `relora`, the service's count |" in text
     assert "| q_proj | 5 of 8 | 7 of 8 |" in text
+
+
+def test_a_rate_that_was_chosen_at_an_end_is_marked(table2, tmp_path):
+    results = Results(tmp_path / "results.jsonl")
+    finish_everything(table2, results, lambda run: 4.0 - math.log2(run.rate))
+    report.write_report(table2, results, tmp_path)
+    marked = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.endswith(" | yes |")]
+    assert [line.split("`")[1] for line in marked] == ["full", "control", "factorized", "lora_warm", "relora"]
+    assert all("**0.008: " in line or "**0.016: " in line for line in marked)

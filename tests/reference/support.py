@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +59,7 @@ def token_rows(data, split, sequence_length):
 class Run:
     """A trainer process. A command is sent, or its stdin closed, when one of the steps is reported."""
 
-    def __init__(self, spec, data, folder, resume=None, at_steps=(), send=None):
+    def __init__(self, spec, data, folder, resume=None, at_steps=(), send=None, address_space_bytes=None):
         folder.mkdir(exist_ok=True)
         self.out = folder / "out"
         (folder / "spec.json").write_text(json.dumps(spec))
@@ -67,7 +69,9 @@ class Run:
         if resume:
             command += ["--resume", resume]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        process = subprocess.Popen(command, **pipes, text=True)
+        limits = [address_space_bytes or resource.RLIM_INFINITY] * 2
+        limit = partial(resource.setrlimit, resource.RLIMIT_AS, limits)
+        process = subprocess.Popen(command, **pipes, text=True, preexec_fn=limit)
         self.events = []
         for line in process.stdout:
             event = json.loads(line)

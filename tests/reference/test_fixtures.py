@@ -21,14 +21,6 @@ from support import Run, write_tokens
 LOSS_RTOL, GRAD_NORM_RTOL, WEIGHT_TOLERANCE = 1e-5, 1e-5, 1e-4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     rows = fixtures.token_file()

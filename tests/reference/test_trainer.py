@@ -40,12 +40,19 @@ SPEC = support.spec(
     eval={"every_steps": 20, "max_tokens": 100000, "prompts": ["w1 w2 w3"]},
 )
 
-MODELS = {"plain": {}, "grouped and tied": {"num_key_value_heads": 2, "tie_word_embeddings": True}}
+CHANGES = {
+    "plain": {},
+    "grouped and tied": {"model": {"num_key_value_heads": 2, "tie_word_embeddings": True}},
+    "some matrices": {
+        "method": {"target_modules": ["v_proj", "down_proj"], "train_embeddings": False, "rank_threshold": 1e-3},
+    },
+}
 
 
-def spec_of(model):
+def spec_of(change):
     spec = copy.deepcopy(SPEC)
-    spec["model"].update(model)
+    for part, values in change.items():
+        spec[part].update(values)
     return spec
 
 
@@ -67,16 +74,16 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data") / "tokens")
 
 
-@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS.keys())
+@pytest.fixture(scope="module", params=CHANGES.values(), ids=CHANGES.keys())
 def run(request, data, tmp_path_factory):
     run = Run(spec_of(request.param), data, tmp_path_factory.mktemp("run"))
     assert run.exit_code == 0, run.log
-    run.model = request.param
+    run.change = request.param
     return run
 
 
 def test_the_loss_curve_and_the_final_weights_equal_those_of_the_reference(run, data):
-    spec = spec_of(run.model)
+    spec = spec_of(run.change)
     reference = relora_reference.train(spec, draws.inputs(spec, support.token_rows(data, "train", SEQUENCE_LENGTH)))
     got = [event["loss"] for event in run.of("step")]
     assert len(got) == NUM_STEPS
@@ -141,7 +148,7 @@ def test_bf16_computes_with_what_its_restarts_merged(data, tmp_path):
 
 
 def test_dropout_reaches_the_low_rank_phase_and_it_alone(run, data, tmp_path):
-    spec = spec_of(run.model)
+    spec = spec_of(run.change)
     spec["method"]["dropout"] = 0.5
     dropped = [event["loss"] for event in Run(spec, data, tmp_path).of("step")]
     losses = [event["loss"] for event in run.of("step")]
@@ -158,12 +165,12 @@ def test_a_prompt_is_continued(run):
 
 @pytest.mark.parametrize("send", [None, '{"command":"stop"}'], ids=["end of stdin", "stop"])
 def test_a_stopped_run_goes_on_to_the_same_bits(run, data, tmp_path, send):
-    first = Run(spec_of(run.model), data, tmp_path, at_steps=[19], send=send)
+    first = Run(spec_of(run.change), data, tmp_path, at_steps=[19], send=send)
     assert first.exit_code == 0, first.log
     stopped = first.events[-1]
     assert stopped["event"] == "stopped" and 19 <= stopped["step"] < NUM_STEPS
     state = first.out / "states" / str(stopped["step"])
-    rest = Run(spec_of(run.model), data, tmp_path, resume=state)
+    rest = Run(spec_of(run.change), data, tmp_path, resume=state)
     assert rest.exit_code == 0, rest.log
     assert rest.events[-1]["event"] == "done"
     path = Path("checkpoints") / str(NUM_STEPS) / "model.safetensors"
@@ -191,6 +198,32 @@ def test_save_state_names_the_frozen_weights_of_the_cycle_in_every_state(data, t
         files = {file["name"]: file["path"] for file in state["files"]}
         assert files["frozen.safetensors"] == f"frozen/{state['restart']}/frozen.safetensors"
         assert all((run.out / path).is_file() for path in files.values())
+
+
+def test_ranks_are_reported_where_they_are_asked_for(run):
+    reports = {event["restart"]: event["kinds"] for event in run.of("ranks")}
+    if spec_of(run.change)["method"]["rank_threshold"] is None:
+        assert reports == {}
+        return
+    start = load_file(run.out / "base" / "10" / "model.safetensors")
+    for restart, kinds in reports.items():
+        assert sorted(kinds) == ["down_proj", "v_proj"]
+        weights = run.weights(10 + 10 * restart)
+        for kind, count in kinds.items():
+            changes = [weights[name] - start[name] for name in weights if name.endswith(f"{kind}.weight")]
+            values = torch.cat([torch.linalg.svdvals(change) for change in changes])
+            assert count == {"num_above": int((values > 1e-3).sum()), "num_values": len(values)}
+    assert list(reports) == [1, 2, 3]
+
+
+def test_a_model_that_memory_has_no_room_for_fails_with_what_did_not_fit(data, tmp_path):
+    spec = spec_of({"model": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 8}})
+    run = Run(spec, data, tmp_path, address_space_bytes=8 << 30)
+    failure = run.events[-1]
+    assert failure["event"] == "failed" and failure["kind"] == "out_of_memory", run.log
+    # 1.6 billion parameters of 16 bytes.
+    assert "the full-rank phase holds 24.16 GiB of weights, gradients and moments" in failure["message"]
+    assert "micro-batch of 4 x 17 tokens" in failure["message"]
 
 
 def test_a_run_without_data_fails_with_a_typed_event(tmp_path):

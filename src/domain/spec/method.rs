@@ -226,11 +226,6 @@ impl MethodSpec {
 }
 
 impl FactorsSpec {
-    /// Parameters of the factors.
-    pub fn num_params(&self, model: &ModelSpec) -> i64 {
-        model.num_hidden_layers * self.target_shapes(model).map(|(o, i)| self.rank * (o + i)).sum::<i64>()
-    }
-
     /// (out, in) of a layer's wrapped matrices.
     pub fn target_shapes(&self, model: &ModelSpec) -> impl Iterator<Item = (i64, i64)> {
         let wrapped = Linear::ALL.into_iter().zip(model.linear_shapes());
