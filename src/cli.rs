@@ -51,8 +51,8 @@ enum Command {
     Base(Client<client::node::Command>),
     /// The delta of every restart of a job.
     Restart(Client<client::node::Command>),
-    /// The merged weights of a job.
-    Checkpoint(Client<client::node::Command>),
+    /// The merged weights of a job, and checkpoints from outside.
+    Checkpoint(Client<client::checkpoint::Command>),
 }
 
 /// What `relora train` is told.
@@ -69,9 +69,13 @@ struct Train {
     /// Text to tokenize first: a file, or JSON lines with a \"text\" each.
     #[arg(long, conflicts_with = "data")]
     text: Option<PathBuf>,
-    /// Vocabulary for --text.
-    #[arg(long, default_value_t = 8_192, value_parser = clap::value_parser!(i64).range(260..=65_536))]
-    vocab_size: i64,
+    /// The folder of a checkpoint to begin with: a LLaMA model as `transformers` stores it.
+    #[arg(long)]
+    weights: Option<PathBuf>,
+    /// Vocabulary of the tokenizer that is learned from --text; by default 8192, or with --weights the checkpoint's own
+    /// tokenizer.
+    #[arg(long, value_parser = clap::value_parser!(i64).range(260..=65_536))]
+    vocab_size: Option<i64>,
     /// Share of the documents of --text that is held out.
     #[arg(long, default_value_t = 0.05)]
     validation_frac: f64,
@@ -109,6 +113,7 @@ impl Train {
             spec: self.spec,
             out: self.out,
             data,
+            weights: self.weights,
             resume: self.resume,
         }
     }
@@ -183,7 +188,10 @@ async fn run(command: Command) -> anyhow::Result<Outcome> {
         }
         Command::Base(client) => run_node("bases", client).await,
         Command::Restart(client) => run_node("restarts", client).await,
-        Command::Checkpoint(client) => run_node("checkpoints", client).await,
+        Command::Checkpoint(client) => {
+            let (http, command) = client.connect()?;
+            client::checkpoint::run(&http, command).await
+        }
     }
 }
 

@@ -14,6 +14,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::{
     AppState,
     auth::Caller,
+    body::check_length,
     download::{self, Download},
     error::{ApiError, ApiResult},
     extract::{JsonBody, Path, Query, media_type},
@@ -182,12 +183,7 @@ pub async fn upload_dataset_content(
     body: Body,
 ) -> ApiResult<Json<Dataset>> {
     let format = content_format(&headers).ok_or(ApiError::UnsupportedMediaType("text/plain or application/jsonl"))?;
-    let expected_bytes = content_length(&headers);
-    let limit_bytes = state.limits.max_upload_bytes.cast_signed();
-    if expected_bytes.is_some_and(|bytes| bytes > limit_bytes) {
-        return Err(ApiError::TooLarge { limit_bytes });
-    }
-
+    let expected_bytes = check_length(&state, &headers)?;
     let upload = Upload::new(caller.project.clone(), id.clone(), format, expected_bytes);
     if !datasets::begin_upload(&state.pool, &caller.project, &id, format, &upload.token).await? {
         find(&state, &caller, &id).await?;
@@ -238,8 +234,4 @@ fn content_format(headers: &HeaderMap) -> Option<DatasetFormat> {
         "application/jsonl" => Some(DatasetFormat::Jsonl),
         _ => None,
     }
-}
-
-fn content_length(headers: &HeaderMap) -> Option<i64> {
-    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }

@@ -30,6 +30,8 @@ pub enum ApiError {
     InvalidHeader { name: &'static str, reason: &'static str },
     #[error("the body is not JSON: {0}")]
     MalformedJson(String),
+    #[error("the body is not multipart/form-data: {0}")]
+    MalformedMultipart(String),
     #[error("the body broke off after {received_bytes} bytes: {reason}")]
     UploadBroken { received_bytes: i64, reason: String },
     #[error("an API key is needed: send it as `Authorization: Bearer rl_…`")]
@@ -66,6 +68,8 @@ pub enum ApiError {
     InvalidBody(Vec<Problem>),
     #[error("the training spec has mistakes; `errors` lists each. Nothing was queued")]
     InvalidSpec(Vec<Problem>),
+    #[error("the checkpoint cannot be taken; `errors` says of each file why. Nothing was kept")]
+    InvalidCheckpoint(Vec<Problem>),
     #[error("the content is not UTF-8: the first bad byte is at offset {offset_bytes}")]
     NotUtf8 { offset_bytes: i64 },
     #[error("line {line}, which begins at byte {offset_bytes}: {reason}")]
@@ -90,6 +94,7 @@ impl ApiError {
             Self::InvalidQuery(_) => (StatusCode::BAD_REQUEST, "invalid_query"),
             Self::InvalidHeader { .. } => (StatusCode::BAD_REQUEST, "invalid_header"),
             Self::MalformedJson(_) => (StatusCode::BAD_REQUEST, "malformed_json"),
+            Self::MalformedMultipart(_) => (StatusCode::BAD_REQUEST, "malformed_multipart"),
             Self::UploadBroken { .. } => (StatusCode::BAD_REQUEST, "upload_broken"),
             Self::Unauthenticated => (StatusCode::UNAUTHORIZED, "unauthenticated"),
             Self::MissingScope(_) => (StatusCode::FORBIDDEN, "missing_scope"),
@@ -107,6 +112,7 @@ impl ApiError {
             Self::RangeNotSatisfiable { .. } => (StatusCode::RANGE_NOT_SATISFIABLE, "range_not_satisfiable"),
             Self::InvalidBody(_) => (StatusCode::UNPROCESSABLE_ENTITY, "invalid_body"),
             Self::InvalidSpec(_) => (StatusCode::UNPROCESSABLE_ENTITY, "invalid_spec"),
+            Self::InvalidCheckpoint(_) => (StatusCode::UNPROCESSABLE_ENTITY, "invalid_checkpoint"),
             Self::NotUtf8 { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "not_utf8"),
             Self::InvalidLine { .. } => (StatusCode::UNPROCESSABLE_ENTITY, "invalid_line"),
             Self::EmptyContent => (StatusCode::UNPROCESSABLE_ENTITY, "empty_content"),
@@ -177,7 +183,9 @@ impl IntoResponse for ApiError {
             code: code.into(),
             detail: self.detail(),
             errors: match self {
-                Self::InvalidBody(problems) | Self::InvalidSpec(problems) => problems,
+                Self::InvalidBody(problems) | Self::InvalidSpec(problems) | Self::InvalidCheckpoint(problems) => {
+                    problems
+                }
                 _ => Vec::new(),
             },
             request_id: None,

@@ -23,6 +23,7 @@ use super::{
 };
 use crate::{
     db::{
+        imports,
         jobs::{self, Cancellation, JobRow},
         tokenizations,
     },
@@ -31,7 +32,7 @@ use crate::{
         job::{Failure, JobState, WaitReason},
         problem::Problem,
         schedule::Schedule,
-        spec::{DataFacts, TrainSpec, TrainSpecRequest},
+        spec::{DataFacts, InitFacts, TrainSpec, TrainSpecRequest},
     },
     storage::Key,
 };
@@ -151,16 +152,24 @@ pub async fn create_job(
     State(state): State<AppState>,
     body: JsonBody,
 ) -> ApiResult<(StatusCode, Json<Job>)> {
-    let (request, mut problems) = TrainSpecRequest::parse(body.0);
+    let (mut request, mut problems) = TrainSpecRequest::parse(body.0);
     let mut tx = state.pool.begin().await?;
     let facts = find_facts(&mut tx, &caller.project, &request, &mut problems).await?;
+    let init = find_init(&mut tx, &caller.project, &request, &mut problems).await?;
+    if let Some(init) = &init {
+        problems.extend(request.begin_with(init, facts.as_ref()));
+    }
 
     let normalised = request.normalise(facts.as_ref());
-    let (spec, warnings) = match normalised {
+    let (spec, mut warnings) = match normalised {
         Ok(normalised) if problems.is_empty() => normalised,
         Ok(_) => return Err(ApiError::InvalidSpec(problems)),
         Err(more) => return Err(ApiError::InvalidSpec(merge(problems, more))),
     };
+    if let Some(init) = &init {
+        let tokenizer = tokenizations::find_tokenizer_sha256(&mut tx, &caller.project, &spec.tokenization).await?;
+        warnings.extend(init.tokenizer_warning(tokenizer.as_deref()));
+    }
 
     let id = jobs::create(&mut tx, &caller.project, &spec, &warnings).await?;
     tx.commit().await?;
@@ -198,17 +207,35 @@ async fn find_facts(
     Ok(facts)
 }
 
+/// What is known of the checkpoint that a spec names. One that does not exist is one of the spec's problems.
+async fn find_init(
+    connection: &mut PgConnection,
+    project: &ProjectId,
+    request: &TrainSpecRequest,
+    problems: &mut Vec<Problem>,
+) -> ApiResult<Option<InitFacts>> {
+    let Some(id) = &request.init_checkpoint else { return Ok(None) };
+    let init = imports::find_facts(connection, project, id).await?;
+    if init.is_none() {
+        problems.push(Problem::new("/init_checkpoint", format!("there is no checkpoint and no base {id}")));
+    }
+    Ok(init)
+}
+
 fn is_reported(problems: &[Problem], pointer: &str) -> bool {
     problems.iter().any(|problem| problem.pointer == pointer || problem.pointer.is_empty())
 }
 
 /// A value that could not be read was taken out, so that later checks may find it missing: that is
-/// no news.
+/// no news. Nor is a model that a checkpoint was to bring.
 fn merge(mut problems: Vec<Problem>, more: Vec<Problem>) -> Vec<Problem> {
-    let is_new = |new: &Problem| {
-        !problems.iter().any(|old| new.pointer == old.pointer || new.pointer.starts_with(&format!("{}/", old.pointer)))
+    let has_no_init = is_reported(&problems, "/init_checkpoint");
+    let is_said = |new: &Problem| {
+        let is_within =
+            |old: &Problem| new.pointer == old.pointer || new.pointer.starts_with(&format!("{}/", old.pointer));
+        problems.iter().any(is_within) || (has_no_init && new.pointer == "/model")
     };
-    let more: Vec<_> = more.into_iter().filter(is_new).collect();
+    let more: Vec<_> = more.into_iter().filter(|new| !is_said(new)).collect();
     problems.extend(more);
     problems
 }

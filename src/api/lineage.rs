@@ -30,18 +30,23 @@ use crate::{
 /// How long a presigned URL lives; the stable URL gives a new one at any time.
 const PRESIGNED_TTL: Duration = Duration::from_secs(15 * 60);
 
-/// A node of a job's lineage. It is there once all of its files are durable.
+/// A node of a lineage. It is there once all of its files are durable.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct Node {
     id: NodeId,
     kind: NodeKind,
-    job: JobId,
+    /// The job that made it; null for a checkpoint that came from outside.
+    job: Option<JobId>,
+    /// What it was given at its import.
+    name: Option<String>,
+    /// Null at the root of a lineage.
     parent: Option<NodeId>,
     /// Updates done before it.
     step: i64,
     /// Of a restart its number from 1, of other nodes the restarts before it.
     restart: i64,
-    lease_epoch: i64,
+    /// Null for a checkpoint that came from outside.
+    lease_epoch: Option<i64>,
     /// A later attempt went on from an earlier state: it is no part of the lineage any more.
     superseded: bool,
     /// Of a restart: the Frobenius norm of the update that it merged, by kind of matrix.
@@ -179,6 +184,7 @@ fn response(row: NodeRow, files: &[NodeFileRow]) -> Node {
         id: row.id,
         kind: row.kind,
         job: row.job,
+        name: row.name,
         parent: row.parent,
         step: row.step,
         restart: row.restart,

@@ -4,6 +4,7 @@
 
 mod auth;
 mod bases;
+mod body;
 mod checkpoints;
 mod content;
 mod datasets;
@@ -13,6 +14,7 @@ mod error;
 mod events;
 mod extract;
 mod health;
+mod imports;
 mod jobs;
 mod lineage;
 mod metrics;
@@ -40,7 +42,7 @@ use crate::{
 /// What the server takes.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Largest content of a dataset.
+    /// Largest content of a dataset, and largest checkpoint from outside.
     pub max_upload_bytes: u64,
 }
 

@@ -55,6 +55,15 @@ problem_responses! {
 }
 
 problem_responses! {
+    ImportErrors {
+        "400" => "The body is not multipart/form-data, or broke off",
+        "413" => "The checkpoint is too large",
+        "415" => "The Content-Type is not taken",
+        "422" => "The checkpoint cannot be continued from: `errors` says why, with the file's name first in each pointer",
+    }
+}
+
+problem_responses! {
     NotFoundError {
         "404" => "There is no such object in the key's project",
     }

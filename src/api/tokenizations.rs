@@ -16,14 +16,18 @@ use super::{
 };
 use crate::{
     db::{
+        self,
         datasets::DatasetState,
-        tokenizations::{self, Creation, TokenizationFileRow, TokenizationRow, TokenizationState},
+        imports,
+        tokenizations::{self, Creation, NewTokenization, TokenizationFileRow, TokenizationRow, TokenizationState},
     },
     domain::{
-        ids::{DatasetId, TokenizationId},
+        checkpoint::{END_OF_TEXT_FILES, EndOfText, end_of_text, max_bytes},
+        ids::{DatasetId, NodeId, TokenizationId},
         job::Failure,
         problem::Problem,
     },
+    storage::Key,
 };
 
 /// A tokenization to make.
@@ -33,7 +37,10 @@ pub struct CreateTokenizationRequest {
     /// A dataset that is ready.
     #[schema(value_type = String, required)]
     dataset: Option<DatasetId>,
-    /// Size of the vocabulary; 8192 by default.
+    /// The checkpoint or base whose tokenizer is used. By default one is learned from the text.
+    #[schema(value_type = Option<String>)]
+    tokenizer_checkpoint: Option<NodeId>,
+    /// Size of the vocabulary that is learned; 8192 by default. Not with `tokenizer_checkpoint`.
     #[schema(minimum = 260, maximum = 65536)]
     vocab_size: Option<i64>,
     /// Share of the documents that is held out for evaluation, above 0; 0.05 by default.
@@ -47,10 +54,12 @@ pub struct Tokenization {
     id: TokenizationId,
     dataset: DatasetId,
     state: TokenizationState,
-    /// As it was asked for.
+    /// The checkpoint or base whose tokenizer is used; null for one that is learned from the text.
+    tokenizer_checkpoint: Option<NodeId>,
+    /// As it was asked for; that of the checkpoint's model where its tokenizer is used.
     vocab_size: i64,
     validation_frac: f64,
-    /// What the text had room for.
+    /// Tokens that the tokenizer has: what the text had room for.
     tokenizer_vocab_size: Option<i64>,
     train_tokens: Option<i64>,
     valid_tokens: Option<i64>,
@@ -92,7 +101,7 @@ pub struct ListTokenizationsQuery {
 
 /// Make a tokenization
 ///
-/// It is queued; a worker trains the tokenizer and encodes the text.
+/// It is queued; a worker trains the tokenizer, or takes that of a checkpoint, and encodes the text.
 #[utoipa::path(post, path = "/v1/tokenizations", tag = "tokenizations", request_body = CreateTokenizationRequest,
     responses((status = 201, description = "The tokenization, queued", body = Tokenization),
         CallerErrors, BodyErrors, ConflictError))]
@@ -102,11 +111,11 @@ pub async fn create_tokenization(
     body: JsonBody,
 ) -> ApiResult<(StatusCode, Json<Tokenization>)> {
     let (request, mut problems) = body.parse::<CreateTokenizationRequest>();
-    let vocab_size = request.vocab_size.unwrap_or(8_192);
     let validation_frac = request.validation_frac.unwrap_or(0.05);
-    if !(260..=65_536).contains(&vocab_size) {
-        problems.push(Problem::new("/vocab_size", format!("{vocab_size} is out of range: from 260 to 65536")));
-    }
+    let vocab_size = match &request.tokenizer_checkpoint {
+        Some(id) => checkpoint_vocab_size(&state, &caller, id, request.vocab_size, &mut problems).await?,
+        None => learned_vocab_size(request.vocab_size, &mut problems),
+    };
     if !(validation_frac > 0.0 && validation_frac <= 0.5) {
         let message = format!("{validation_frac} is out of range: above 0, at most 0.5");
         problems.push(Problem::new("/validation_frac", message));
@@ -118,7 +127,8 @@ pub async fn create_tokenization(
         return Err(ApiError::InvalidBody(problems));
     };
 
-    let creation = tokenizations::create(&state.pool, &caller.project, &dataset, vocab_size, validation_frac).await?;
+    let new = NewTokenization { tokenizer_checkpoint: request.tokenizer_checkpoint, vocab_size, validation_frac };
+    let creation = tokenizations::create(&state.pool, &caller.project, &dataset, &new).await?;
     let id = match creation {
         Creation::Done(id) => id,
         Creation::NoSuchDataset => {
@@ -129,6 +139,58 @@ pub async fn create_tokenization(
     };
     tracing::info!(tokenization.id = %id, dataset.id = %dataset, "tokenization queued");
     Ok((StatusCode::CREATED, Json(find(&state, &caller, &id).await?)))
+}
+
+fn learned_vocab_size(asked: Option<i64>, problems: &mut Vec<Problem>) -> i64 {
+    let vocab_size = asked.unwrap_or(8_192);
+    if !(260..=65_536).contains(&vocab_size) {
+        problems.push(Problem::new("/vocab_size", format!("{vocab_size} is out of range: from 260 to 65536")));
+    }
+    vocab_size
+}
+
+/// The vocabulary of the checkpoint's model, whose tokenizer must be one that can be used.
+async fn checkpoint_vocab_size(
+    state: &AppState,
+    caller: &Caller,
+    id: &NodeId,
+    asked: Option<i64>,
+    problems: &mut Vec<Problem>,
+) -> ApiResult<i64> {
+    const POINTER: &str = "/tokenizer_checkpoint";
+    if asked.is_some() {
+        problems.push(Problem::new("/vocab_size", "does not go with tokenizer_checkpoint, which has a vocabulary"));
+    }
+    let mut connection = state.pool.acquire().await?;
+    let Some(facts) = imports::find_facts(&mut connection, &caller.project, id).await? else {
+        problems.push(Problem::new(POINTER, format!("there is no checkpoint and no base {id}")));
+        return Ok(0);
+    };
+    drop(connection);
+    if facts.tokenizer_sha256.is_none() {
+        problems.push(Problem::new(POINTER, format!("{id} has no tokenizer.json")));
+    } else if find_end_of_text(state, caller, id).await?.is_none() {
+        let message = format!(
+            "{id} does not say which token ends a text: its tokenizer_config.json has no eos_token, its \
+            config.json no eos_token_id"
+        );
+        problems.push(Problem::new(POINTER, message));
+    }
+    Ok(facts.model.vocab_size)
+}
+
+async fn find_end_of_text(state: &AppState, caller: &Caller, id: &NodeId) -> ApiResult<Option<EndOfText>> {
+    let mut contents = Vec::new();
+    for file in db::lineage::list_files(&state.pool, &caller.project, &[id.to_string()]).await? {
+        if END_OF_TEXT_FILES.contains(&file.name.as_str()) {
+            let limit_bytes = max_bytes(&file.name).unwrap_or_default();
+            contents.push((file.name, state.store.get_bytes(&Key::from(file.object_key), limit_bytes).await?));
+        }
+    }
+    Ok(end_of_text(|name| {
+        let (_, content) = contents.iter().find(|(known, _)| known == name)?;
+        serde_json::from_slice(content).ok()
+    }))
 }
 
 /// List tokenizations
@@ -200,6 +262,7 @@ fn response(row: TokenizationRow, files: &[TokenizationFileRow]) -> Tokenization
         id: row.id,
         dataset: row.dataset,
         state: row.state,
+        tokenizer_checkpoint: row.tokenizer_checkpoint,
         vocab_size: row.vocab_size,
         validation_frac: row.validation_frac,
         tokenizer_vocab_size: row.tokenizer_vocab_size,

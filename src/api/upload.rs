@@ -3,16 +3,17 @@
 //! It runs as a task of its own, because a handler is dropped when its client goes away, and a broken
 //! upload must still leave the dataset `failed` and nothing in the store.
 
-use std::{io, panic::AssertUnwindSafe, time::Duration};
+use std::{io, panic::AssertUnwindSafe};
 
-use axum::body::{Body, BodyDataStream, Bytes};
+use axum::body::{Body, Bytes};
 use futures_util::{FutureExt, StreamExt, stream};
-use tokio::{sync::mpsc, time::timeout};
+use tokio::sync::mpsc;
 use tracing::Instrument;
 use uuid::Uuid;
 
 use super::{
     AppState,
+    body::IncomingBody,
     content::ContentCheck,
     error::{ApiError, ApiResult},
 };
@@ -22,8 +23,6 @@ use crate::{
     storage::Key,
 };
 
-/// A client that sends nothing for this long has gone.
-const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// Chunks of a body between the client and the store.
 const CHUNKS_IN_FLIGHT: usize = 4;
 
@@ -118,74 +117,27 @@ type Sender = mpsc::Sender<io::Result<Bytes>>;
 /// Checks the body while it passes on, and returns how many documents it had. The store learns that
 /// a body ended badly, so that it keeps nothing of it.
 async fn pump(state: &AppState, upload: &Upload, body: Body, sender: Sender) -> Result<i64, PumpError> {
-    let mut chunks = body.into_data_stream();
-    let outcome = tokio::select! {
-        outcome = pass_on(state, upload, &mut chunks, &sender) => outcome,
-        () = state.shutdown.wait() => Err(PumpError::Refused(ApiError::Stopping)),
-    };
+    let mut body = IncomingBody::new(state, body);
+    let outcome = pass_on(upload, &mut body, &sender).await;
     if let Err(PumpError::Refused(error)) = &outcome {
         // If the store is gone too, there is nobody left to tell.
         let _ = sender.send(Err(io::Error::other(error.to_string()))).await;
         drop(sender);
-        read_to_end(&mut chunks).await;
+        body.read_to_end().await;
     }
     outcome
 }
 
-/// Reads what a client goes on sending after it was refused: a connection closed on unread bytes takes
-/// the answer with it. A client that sends much more than that has to do without.
-async fn read_to_end(chunks: &mut BodyDataStream) {
-    let mut left_bytes = 64 << 20;
-    let read = async {
-        while let Some(Ok(chunk)) = chunks.next().await {
-            left_bytes -= chunk.len() as i64;
-            if left_bytes < 0 {
-                return;
-            }
-        }
-    };
-    let _ = timeout(Duration::from_secs(5), read).await;
-}
-
-async fn pass_on(
-    state: &AppState,
-    upload: &Upload,
-    chunks: &mut BodyDataStream,
-    sender: &Sender,
-) -> Result<i64, PumpError> {
-    let limit_bytes = state.limits.max_upload_bytes.cast_signed();
+async fn pass_on(upload: &Upload, body: &mut IncomingBody, sender: &Sender) -> Result<i64, PumpError> {
     let mut check = ContentCheck::new(upload.format);
-    let mut received_bytes = 0;
-    let broken = |received_bytes, reason: String| PumpError::Refused(ApiError::UploadBroken { received_bytes, reason });
-
-    loop {
-        let chunk = match timeout(STALL_TIMEOUT, chunks.next()).await {
-            Ok(Some(Ok(chunk))) => chunk,
-            Ok(Some(Err(error))) => return Err(broken(received_bytes, cause(&error))),
-            Ok(None) => break,
-            Err(_) => return Err(broken(received_bytes, format!("nothing came for {} s", STALL_TIMEOUT.as_secs()))),
-        };
-        received_bytes += chunk.len() as i64;
-        if received_bytes > limit_bytes {
-            return Err(PumpError::Refused(ApiError::TooLarge { limit_bytes }));
-        }
+    while let Some(chunk) = body.next().await.map_err(PumpError::Refused)? {
         check.push(&chunk).map_err(PumpError::Refused)?;
         sender.send(Ok(chunk)).await.map_err(|_| PumpError::StoreStopped)?;
     }
-
     match upload.expected_bytes {
-        Some(expected) if expected != received_bytes => {
-            Err(broken(received_bytes, format!("{expected} were announced")))
+        Some(expected) if expected != body.received_bytes() => {
+            Err(PumpError::Refused(body.broken(format!("{expected} were announced"))))
         }
         _ => check.finish().map_err(PumpError::Refused),
     }
-}
-
-/// The innermost reason, which says most.
-fn cause(error: &axum::Error) -> String {
-    let mut innermost: &dyn std::error::Error = error;
-    while let Some(source) = innermost.source() {
-        innermost = source;
-    }
-    innermost.to_string()
 }

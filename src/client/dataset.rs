@@ -28,6 +28,14 @@ pub enum Command {
     /// Of a folder every file is a document, except hidden ones and those that are no UTF-8. A .jsonl
     /// file has an object with "text" on each line; any other file is one document.
     Create(Create),
+    /// Turn a dataset that is there into tokens.
+    Tokenize {
+        id: String,
+        #[command(flatten)]
+        options: Tokenize,
+        #[arg(long)]
+        json: bool,
+    },
     List {
         #[arg(long)]
         json: bool,
@@ -48,12 +56,8 @@ pub struct Create {
     /// By default the name of the file or folder.
     #[arg(long)]
     name: Option<String>,
-    /// Tokens in the vocabulary that is learned from the text; by default the server's choice.
-    #[arg(long)]
-    vocab_size: Option<i64>,
-    /// Share of the documents that is held out for validation; by default the server's choice.
-    #[arg(long)]
-    validation_frac: Option<f64>,
+    #[command(flatten)]
+    tokenize: Tokenize,
     /// Upload only.
     #[arg(long)]
     no_tokenize: bool,
@@ -67,9 +71,28 @@ pub struct Create {
     json: bool,
 }
 
+#[derive(Debug, clap::Args)]
+pub struct Tokenize {
+    /// The checkpoint whose tokenizer is used; by default one is learned from the text.
+    #[arg(long, value_name = "CHECKPOINT", conflicts_with = "vocab_size")]
+    tokenizer: Option<String>,
+    /// Tokens in the vocabulary that is learned from the text; by default the server's choice.
+    #[arg(long)]
+    vocab_size: Option<i64>,
+    /// Share of the documents that is held out for validation; by default the server's choice.
+    #[arg(long)]
+    validation_frac: Option<f64>,
+}
+
 pub async fn run(http: &Http, command: Command) -> anyhow::Result<Outcome> {
     match command {
         Command::Create(options) => create(http, options).await?,
+        Command::Tokenize { id, options, json } => {
+            let tokenization = tokenize(http, &id, &options, json).await?;
+            if json {
+                print::json(&tokenization)?;
+            }
+        }
         Command::List { json } => list(http, json).await?,
         Command::Show { id, json } => show(http, &id, json).await?,
         Command::Delete { id } => {
@@ -94,24 +117,29 @@ async fn create(http: &Http, options: Create) -> anyhow::Result<()> {
 
     let mut tokenization = None;
     if !options.no_tokenize {
-        let mut request = json!({"dataset": dataset_id});
-        if let Some(vocab_size) = options.vocab_size {
-            request["vocab_size"] = vocab_size.into();
-        }
-        if let Some(validation_frac) = options.validation_frac {
-            request["validation_frac"] = validation_frac.into();
-        }
-        let queued: Tokenization = parse(http.post(&["v1", "tokenizations"], &request).await?)?;
-        let (answer, ready) = wait_until_ready(http, queued.id.as_str()).await?;
-        if !options.json {
-            print::line(&describe_tokenization(&ready))?;
-        }
-        tokenization = Some(answer);
+        tokenization = Some(tokenize(http, dataset_id, &options.tokenize, options.json).await?);
     }
     if options.json {
         print::json(&json!({"dataset": dataset, "tokenization": tokenization}))?;
     }
     Ok(())
+}
+
+/// The tokenization as the server has it once it is ready; told to the user unless that is left to the caller.
+async fn tokenize(http: &Http, dataset_id: &str, options: &Tokenize, is_quiet: bool) -> anyhow::Result<Value> {
+    // An absent field and null are one to the server.
+    let request = json!({
+        "dataset": dataset_id,
+        "tokenizer_checkpoint": options.tokenizer,
+        "vocab_size": options.vocab_size,
+        "validation_frac": options.validation_frac,
+    });
+    let queued: Tokenization = parse(http.post(&["v1", "tokenizations"], &request).await?)?;
+    let (answer, ready) = wait_until_ready(http, queued.id.as_str()).await?;
+    if !is_quiet {
+        print::line(&describe_tokenization(&ready))?;
+    }
+    Ok(answer)
 }
 
 fn name_of(path: &Path) -> Option<String> {
@@ -190,6 +218,9 @@ fn describe(dataset: &Dataset) -> String {
 
 fn describe_tokenization(tokenization: &Tokenization) -> String {
     let mut text = format!("tokenization {}  {:?}", tokenization.id, tokenization.state).to_lowercase();
+    if let Some(checkpoint) = &tokenization.tokenizer_checkpoint {
+        text.push_str(&format!("  tokenizer of {checkpoint}"));
+    }
     if let (Some(vocab), Some(train), Some(valid)) =
         (tokenization.tokenizer_vocab_size, tokenization.train_tokens, tokenization.valid_tokens)
     {

@@ -1,6 +1,7 @@
 //! The command-line client. It speaks HTTP alone, so that it works against any server, and holds one
 //! file per resource, each with its commands and what they do.
 
+pub mod checkpoint;
 pub mod dataset;
 pub mod job;
 pub mod node;

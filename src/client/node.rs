@@ -17,8 +17,9 @@ use super::{
 #[derive(Debug, Subcommand)]
 pub enum Command {
     List {
+        /// Only those of this job.
         #[arg(long)]
-        job: String,
+        job: Option<String>,
         /// Also what a later attempt replaced.
         #[arg(long)]
         include_superseded: bool,
@@ -43,7 +44,7 @@ pub enum Command {
 pub async fn run(http: &Http, collection: &str, command: Command) -> anyhow::Result<Outcome> {
     match command {
         Command::List { job, include_superseded, json } => {
-            let mut filter = vec![("job", job.as_str())];
+            let mut filter: Vec<_> = job.iter().map(|job| ("job", job.as_str())).collect();
             if include_superseded {
                 filter.push(("include_superseded", "true"));
             }
@@ -64,6 +65,7 @@ fn list(items: Vec<Value>, json: bool) -> anyhow::Result<()> {
         let node: Node = parse(item)?;
         rows.push([
             node.id.to_string(),
+            origin(&node),
             node.step.to_string(),
             node.restart.to_string(),
             print::size(node.size_bytes),
@@ -71,7 +73,7 @@ fn list(items: Vec<Value>, json: bool) -> anyhow::Result<()> {
             node.created_at.format("%Y-%m-%d %H:%M:%S").to_string(),
         ]);
     }
-    Ok(print::table(["id", "step", "restart", "size", "", "created (UTC)"], &rows)?)
+    Ok(print::table(["id", "from", "step", "restart", "size", "", "created (UTC)"], &rows)?)
 }
 
 fn show(answer: Value, json: bool) -> anyhow::Result<()> {
@@ -79,16 +81,24 @@ fn show(answer: Value, json: bool) -> anyhow::Result<()> {
         return Ok(print::json(&answer)?);
     }
     let node: Node = parse(answer)?;
-    print::line(&format!(
-        "{}  step {}  restart {}  {}",
-        node.id,
-        node.step,
-        node.restart,
-        print::size(node.size_bytes)
-    ))?;
+    print::line(&describe(&node))?;
     let rows: Vec<_> =
         node.files.into_iter().map(|file| [file.name, print::size(file.size_bytes), file.sha256]).collect();
     Ok(print::table(["file", "size", "sha256"], &rows)?)
+}
+
+/// The job that made a node, or what was imported.
+fn origin(node: &Node) -> String {
+    match (&node.job, &node.name) {
+        (Some(job), _) => job.to_string(),
+        (None, Some(name)) => format!("import {name:?}"),
+        (None, None) => "import".into(),
+    }
+}
+
+pub fn describe(node: &Node) -> String {
+    let (step, restart) = (node.step, node.restart);
+    format!("{}  {}  step {step}  restart {restart}  {}", node.id, origin(node), print::size(node.size_bytes))
 }
 
 async fn download(http: &Http, collection: &str, id: &str, out: &Path) -> anyhow::Result<()> {

@@ -34,6 +34,8 @@ pub struct Dataset {
 pub struct Tokenization {
     pub id: TokenizationId,
     pub state: TokenizationState,
+    /// None for one that is learned from the text.
+    pub tokenizer_checkpoint: Option<NodeId>,
     pub tokenizer_vocab_size: Option<i64>,
     pub train_tokens: Option<i64>,
     pub valid_tokens: Option<i64>,
@@ -98,6 +100,9 @@ pub struct Metric {
 #[derive(Debug, Deserialize)]
 pub struct Node {
     pub id: NodeId,
+    /// None of a checkpoint that came from outside.
+    pub job: Option<JobId>,
+    pub name: Option<String>,
     pub step: i64,
     pub restart: i64,
     #[serde(default)]

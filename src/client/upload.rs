@@ -20,7 +20,7 @@ use super::{
 };
 
 /// Small documents go out together, in pieces of about this size.
-const PIECE_BYTES: usize = 256 * 1024;
+pub const PIECE_BYTES: usize = 256 * 1024;
 
 /// What there is to send.
 #[derive(Debug)]
@@ -118,7 +118,7 @@ fn lines(files: Vec<SourceFile>, bar: ProgressBar) -> impl Stream<Item = std::io
     }
 }
 
-fn progress_bar(size_bytes: u64) -> ProgressBar {
+pub fn progress_bar(size_bytes: u64) -> ProgressBar {
     if !print::is_terminal() {
         return ProgressBar::hidden();
     }

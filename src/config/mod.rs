@@ -50,7 +50,7 @@ pub struct ServeConfig {
     pub store: Option<StoreConfig>,
     /// `RELORA_MIN_FREE_BYTES`: the embedded store refuses writes below this much free disk. Default 1 GiB.
     pub min_free_bytes: u64,
-    /// `RELORA_MAX_UPLOAD_BYTES`: largest dataset upload. Default 100 GiB.
+    /// `RELORA_MAX_UPLOAD_BYTES`: largest upload, of a dataset or a checkpoint. Default 100 GiB.
     pub max_upload_bytes: u64,
     /// `RELORA_LEASE_S`, as in [`AgentConfig`].
     pub lease_s: u64,

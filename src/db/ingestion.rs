@@ -9,7 +9,7 @@ use super::{
     nodes::StoredFile,
 };
 use crate::domain::{
-    ids::{JobId, TokenizationId},
+    ids::{JobId, NodeId, TokenizationId},
     job::{EventType, Failure, FailureKind},
 };
 
@@ -17,6 +17,8 @@ use crate::domain::{
 #[derive(Debug)]
 pub struct Ingestion {
     pub tokenization: TokenizationId,
+    /// The checkpoint whose tokenizer is used; one is learned from the text without.
+    pub tokenizer_checkpoint: Option<NodeId>,
     pub vocab_size: i64,
     pub validation_frac: f64,
     /// `text` or `jsonl`.
@@ -47,8 +49,8 @@ pub async fn begin_attempt(connection: &mut PgConnection, lease: &Lease) -> Resu
         set state = 'running'
         from datasets d
         where t.work_item_id = $1 and d.id = t.dataset_id
-        returning t.id as "tokenization: TokenizationId", t.vocab_size, t.validation_frac,
-            d.format as "format!", d.object_key as "object_key!", d.size_bytes as "size_bytes!", d.sha256 as "sha256!"
+        returning t.id as "tokenization: TokenizationId", t.tokenizer_node_id as "tokenizer_checkpoint: NodeId",
+            t.vocab_size, t.validation_frac, d.format as "format!", d.object_key as "object_key!", d.size_bytes as "size_bytes!", d.sha256 as "sha256!"
         "#,
         lease.work_item.as_str(),
     )

@@ -6,7 +6,7 @@ use sqlx::{PgConnection, PgPool, types::Json};
 
 use super::events::{self, NewEvent};
 use crate::domain::{
-    ids::{DatasetId, JobId, ProjectId, WorkItemId},
+    ids::{DatasetId, JobId, NodeId, ProjectId, WorkItemId},
     job::{EventType, Failure, JobState, WaitReason},
     spec::{Device, TrainSpec},
 };
@@ -54,8 +54,8 @@ pub async fn create(
             values ($1, $2, 'train', $3, $4, $5)
             returning id
         )
-        insert into jobs (id, project_id, work_item_id, dataset_id, tokenization_id, name, spec, warnings)
-        select $6, $2, queued.id, $7, $8, $9, $10, $11 from queued
+        insert into jobs (id, project_id, work_item_id, dataset_id, tokenization_id, init_node_id, name, spec, warnings)
+        select $6, $2, queued.id, $7, $8, $9, $10, $11, $12 from queued
         "#,
         work_item.as_str(),
         project.as_str(),
@@ -65,6 +65,7 @@ pub async fn create(
         id.as_str(),
         spec.dataset.as_str(),
         spec.tokenization.as_str(),
+        spec.init_checkpoint.as_ref().map(NodeId::as_str),
         spec.name,
         json!(spec),
         warnings,

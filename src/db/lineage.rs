@@ -15,11 +15,13 @@ use crate::domain::{
 pub struct NodeRow {
     pub id: NodeId,
     pub kind: NodeKind,
-    pub job: JobId,
+    /// Null for an import.
+    pub job: Option<JobId>,
+    pub name: Option<String>,
     pub parent: Option<NodeId>,
     pub step: i64,
     pub restart: i64,
-    pub lease_epoch: i64,
+    pub lease_epoch: Option<i64>,
     pub superseded: bool,
     pub update_norms: Option<Json<BTreeMap<Linear, f64>>>,
     pub created_at: DateTime<Utc>,
@@ -56,8 +58,8 @@ pub async fn list(
         NodeRow,
         r#"
         -- db::lineage::list
-        select id as "id: NodeId", kind as "kind: NodeKind", job_id as "job: JobId", parent_id as "parent: NodeId",
-            step, restart, lease_epoch, superseded, created_at,
+        select id as "id: NodeId", kind as "kind: NodeKind", job_id as "job: JobId", name,
+            parent_id as "parent: NodeId", step, restart, lease_epoch, superseded, created_at,
             update_norms as "update_norms: Json<BTreeMap<Linear, f64>>"
         from nodes
         where project_id = $1 and kind = $2

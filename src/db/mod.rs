@@ -7,6 +7,7 @@ pub mod changes;
 pub mod datasets;
 pub mod events;
 pub mod health;
+pub mod imports;
 pub mod ingestion;
 pub mod jobs;
 pub mod keys;

@@ -24,6 +24,13 @@ pub struct StoredFile {
     pub sha256: String,
 }
 
+impl StoredFile {
+    /// What a manifest says of it.
+    pub fn facts(&self) -> (&str, i64, &str) {
+        (&self.name, self.size_bytes, &self.sha256)
+    }
+}
+
 /// The files of a node, by name.
 pub async fn files(pool: &PgPool, node: &NodeId) -> sqlx::Result<Vec<StoredFile>> {
     sqlx::query_as!(
@@ -38,7 +45,8 @@ pub async fn files(pool: &PgPool, node: &NodeId) -> sqlx::Result<Vec<StoredFile>
     .await
 }
 
-/// Makes a node visible. Its parent is the job's latest base or restart. A repeated commit changes nothing.
+/// Makes a node visible. Its parent is the job's latest base or restart, or before those the checkpoint that the job
+/// began with. A repeated commit changes nothing.
 pub async fn commit(
     pool: &PgPool,
     lease: &Lease,
@@ -55,11 +63,14 @@ pub async fn commit(
         r#"
         -- db::nodes::commit
         insert into nodes (id, project_id, job_id, kind, lease_epoch, step, restart, update_norms, parent_id)
-        values ($1, $2, $3, $4, $5, $6, $7, $8, (
-            select id from nodes
-            where job_id = $3 and kind in ('base', 'restart') and not superseded
-            order by step desc, restart desc
-            limit 1
+        values ($1, $2, $3, $4, $5, $6, $7, $8, coalesce(
+            (
+                select id from nodes
+                where job_id = $3 and kind in ('base', 'restart') and not superseded
+                order by step desc, restart desc
+                limit 1
+            ),
+            (select init_node_id from jobs where id = $3)
         ))
         on conflict (job_id, lease_epoch, kind, step) do nothing
         returning id as "id: NodeId"
@@ -111,7 +122,11 @@ fn announcement(report: &NodeReport) -> (EventType, String) {
     }
 }
 
-async fn insert_files(connection: &mut PgConnection, node: &NodeId, files: &[StoredFile]) -> sqlx::Result<()> {
+pub(super) async fn insert_files(
+    connection: &mut PgConnection,
+    node: &NodeId,
+    files: &[StoredFile],
+) -> sqlx::Result<()> {
     for file in files {
         sqlx::query!(
             r#"

@@ -7,7 +7,8 @@ use utoipa::ToSchema;
 
 use super::datasets::{DatasetState, Deletion};
 use crate::domain::{
-    ids::{DatasetId, ProjectId, TokenizationId, WorkItemId},
+    data::TOKENIZER_FILE,
+    ids::{DatasetId, NodeId, ProjectId, TokenizationId, WorkItemId},
     job::Failure,
     spec::DataFacts,
 };
@@ -27,6 +28,7 @@ pub struct TokenizationRow {
     pub id: TokenizationId,
     pub dataset: DatasetId,
     pub state: TokenizationState,
+    pub tokenizer_checkpoint: Option<NodeId>,
     pub vocab_size: i64,
     pub validation_frac: f64,
     pub tokenizer_vocab_size: Option<i64>,
@@ -46,6 +48,16 @@ pub struct TokenizationFileRow {
     pub sha256: String,
 }
 
+/// What is asked for.
+#[derive(Debug)]
+pub struct NewTokenization {
+    /// The checkpoint whose tokenizer is used; one is learned from the text without.
+    pub tokenizer_checkpoint: Option<NodeId>,
+    /// Of the tokenizer that is learned, or of the checkpoint's model.
+    pub vocab_size: i64,
+    pub validation_frac: f64,
+}
+
 /// What came of a request to tokenize.
 #[derive(Debug)]
 pub enum Creation {
@@ -59,8 +71,7 @@ pub async fn create(
     pool: &PgPool,
     project: &ProjectId,
     dataset: &DatasetId,
-    vocab_size: i64,
-    validation_frac: f64,
+    request: &NewTokenization,
 ) -> sqlx::Result<Creation> {
     let mut tx = pool.begin().await?;
     let state = sqlx::query_scalar!(
@@ -86,15 +97,17 @@ pub async fn create(
         with queued as (
             insert into work_items (id, project_id, kind) values ($1, $2, 'ingest') returning id
         )
-        insert into tokenizations (id, project_id, dataset_id, work_item_id, vocab_size, validation_frac)
-        select $3, $2, $4, queued.id, $5, $6 from queued
+        insert into tokenizations
+            (id, project_id, dataset_id, work_item_id, tokenizer_node_id, vocab_size, validation_frac)
+        select $3, $2, $4, queued.id, $5, $6, $7 from queued
         "#,
         work_item.as_str(),
         project.as_str(),
         id.as_str(),
         dataset.as_str(),
-        vocab_size,
-        validation_frac,
+        request.tokenizer_checkpoint.as_ref().map(NodeId::as_str),
+        request.vocab_size,
+        request.validation_frac,
     )
     .execute(&mut *tx)
     .await?;
@@ -108,8 +121,8 @@ pub async fn find(pool: &PgPool, project: &ProjectId, id: &TokenizationId) -> sq
         r#"
         -- db::tokenizations::find
         select id as "id: TokenizationId", dataset_id as "dataset: DatasetId", state as "state: TokenizationState",
-            vocab_size, validation_frac, tokenizer_vocab_size, train_tokens, valid_tokens, train_documents,
-            valid_documents, failure as "failure: Json<Failure>", created_at
+            tokenizer_node_id as "tokenizer_checkpoint: NodeId", vocab_size, validation_frac, tokenizer_vocab_size,
+            train_tokens, valid_tokens, train_documents, valid_documents, failure as "failure: Json<Failure>", created_at
         from tokenizations
         where project_id = $1 and id = $2
         "#,
@@ -133,8 +146,8 @@ pub async fn list(
         r#"
         -- db::tokenizations::list
         select id as "id: TokenizationId", dataset_id as "dataset: DatasetId", state as "state: TokenizationState",
-            vocab_size, validation_frac, tokenizer_vocab_size, train_tokens, valid_tokens, train_documents,
-            valid_documents, failure as "failure: Json<Failure>", created_at
+            tokenizer_node_id as "tokenizer_checkpoint: NodeId", vocab_size, validation_frac, tokenizer_vocab_size,
+            train_tokens, valid_tokens, train_documents, valid_documents, failure as "failure: Json<Failure>", created_at
         from tokenizations
         where project_id = $1 and ($2::text is null or dataset_id = $2) and ($3::text is null or id < $3)
         order by id desc
@@ -201,6 +214,30 @@ pub async fn find_for_job(
     )
     .fetch_optional(connection)
     .await
+}
+
+/// The SHA-256 of the `tokenizer.json` that the tokens are made with. `None` while it is still to be learned.
+pub async fn find_tokenizer_sha256(
+    connection: &mut PgConnection,
+    project: &ProjectId,
+    tokenization: &TokenizationId,
+) -> sqlx::Result<Option<String>> {
+    sqlx::query_scalar!(
+        r#"
+        -- db::tokenizations::find_tokenizer_sha256
+        select coalesce(made.sha256, given.sha256)
+        from tokenizations t
+        left join tokenization_files made on made.tokenization_id = t.id and made.name = $3
+        left join node_files given on given.node_id = t.tokenizer_node_id and given.name = $3
+        where t.project_id = $1 and t.id = $2
+        "#,
+        project.as_str(),
+        tokenization.as_str(),
+        TOKENIZER_FILE,
+    )
+    .fetch_optional(connection)
+    .await
+    .map(Option::flatten)
 }
 
 /// Deletes a tokenization that no job uses and no worker is busy with.

@@ -51,7 +51,7 @@ id!(DatasetId, "ds");
 id!(TokenizationId, "tz");
 id!(JobId, "job");
 id!(
-    /// A node of a job's lineage: a base, a restart, a checkpoint or a state.
+    /// A node of a lineage: a base, a restart, a checkpoint or a state.
     NodeId, "node");
 id!(WorkItemId, "work");
 id!(

@@ -1,9 +1,10 @@
 //! The lineage of a job's weights: base, restarts, checkpoints, states, and the files of each.
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use utoipa::ToSchema;
 
-use super::ids::JobId;
+use super::ids::{JobId, NodeId};
 
 /// What a node of the lineage holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema, sqlx::Type)]
@@ -39,6 +40,19 @@ pub const ADAPTER_FILE: &str = "adapter_model.safetensors";
 /// Every file of a node with its size and SHA-256.
 pub const MANIFEST_FILE: &str = "manifest.json";
 
+/// The content of a manifest, from the (name, size in bytes, SHA-256) of every other file. It lets a copy of the files be
+/// checked without the service.
+pub fn manifest<'a>(
+    kind: NodeKind,
+    step: i64,
+    restart: i64,
+    files: impl IntoIterator<Item = (&'a str, i64, &'a str)>,
+) -> Value {
+    let file = |(name, size_bytes, sha256)| json!({"name": name, "size_bytes": size_bytes, "sha256": sha256});
+    let files: Vec<_> = files.into_iter().map(file).collect();
+    json!({"format_version": 1, "kind": kind, "step": step, "restart": restart, "files": files})
+}
+
 /// The frozen weights of a cycle (fp32), which every state of that cycle names.
 pub const FROZEN_FILE: &str = "frozen.safetensors";
 
@@ -53,6 +67,11 @@ pub fn frozen_path(restart: i64) -> String {
 /// Whether a path in the output directory is that of frozen weights.
 pub fn is_frozen(path: &str) -> bool {
     path.starts_with("frozen/")
+}
+
+/// Where a file of an imported checkpoint lies in the bucket, below the store's prefix.
+pub fn import_key(node: &NodeId, name: &str) -> String {
+    format!("i/{node}/{name}")
 }
 
 /// Where a file of an attempt lies in the bucket, below the store's prefix.

@@ -1,5 +1,6 @@
 //! Pure values: what the service talks about. Nothing here does input or output.
 
+pub mod checkpoint;
 pub mod contract;
 pub mod data;
 pub mod ids;

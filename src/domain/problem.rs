@@ -3,6 +3,8 @@
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::json;
+
 /// One thing that is wrong with a request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 pub struct Problem {
@@ -15,5 +17,15 @@ pub struct Problem {
 impl Problem {
     pub fn new(pointer: impl Into<String>, message: impl Into<String>) -> Self {
         Self { pointer: pointer.into(), message: message.into() }
+    }
+
+    /// A problem at the value that these keys lead to.
+    pub fn at(keys: &[&str], message: impl Into<String>) -> Self {
+        Self::new(keys.iter().map(|key| format!("/{}", json::escape(key))).collect::<String>(), message)
+    }
+
+    /// The problem as one of the document of which its own is the value at `key`.
+    pub fn within(self, key: &str) -> Self {
+        Self { pointer: format!("/{}{}", json::escape(key), self.pointer), ..self }
     }
 }

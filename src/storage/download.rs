@@ -60,6 +60,16 @@ impl Store {
             let reason = format!("it has {} bytes where at most {limit_bytes} belong", object.len_bytes);
             return Err(StorageError::Damaged { key: key.clone(), reason });
         }
+        self.read(key, object).await
+    }
+
+    /// Reads a small range of an object into memory (the end is not part of it).
+    pub async fn get_range_bytes(&self, key: &Key, range: Range<u64>) -> Result<Bytes> {
+        let object = self.get(key, Some(range)).await?;
+        self.read(key, object).await
+    }
+
+    async fn read(&self, key: &Key, object: ObjectStream) -> Result<Bytes> {
         let mut bytes = BytesMut::new();
         let mut stream = std::pin::pin!(object.into_stream());
         while let Some(chunk) = stream.next().await {

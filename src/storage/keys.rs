@@ -2,8 +2,8 @@
 
 use super::{Result, StorageError};
 use crate::domain::{
-    ids::{DatasetId, JobId, TokenizationId},
-    lineage::attempt_key,
+    ids::{DatasetId, JobId, NodeId, TokenizationId},
+    lineage::{attempt_key, import_key},
 };
 
 /// The longest key, with the store's prefix. The embedded store makes a file's name of it, encoded.
@@ -27,6 +27,11 @@ impl Key {
     /// A file that a trainer wrote; the path is relative to its output folder.
     pub fn attempt(job: &JobId, lease_epoch: i64, path: &str) -> Self {
         Self(attempt_key(job, lease_epoch, path))
+    }
+
+    /// A file of an imported checkpoint.
+    pub fn import(node: &NodeId, name: &str) -> Self {
+        Self(import_key(node, name))
     }
 
     /// The trainer's log of one attempt.
@@ -70,11 +75,13 @@ impl std::fmt::Display for Key {
 #[cfg(test)]
 mod tests {
     use super::{Key, MAX_KEY_BYTES};
-    use crate::domain::ids::JobId;
+    use crate::domain::ids::{JobId, NodeId};
 
     #[test]
-    fn the_longest_file_of_a_trainer_fits_below_the_longest_prefix() {
+    fn the_longest_files_of_a_trainer_and_an_import_fit_below_the_longest_prefix() {
         let key = Key::attempt(&JobId::new(), 999, "checkpoints/1000000/generation_config.json");
+        assert!(key.below(&"p".repeat(30)).is_ok());
+        let key = Key::import(&NodeId::new(), "model-00001-of-00002.safetensors");
         assert!(key.below(&"p".repeat(30)).is_ok());
     }
 

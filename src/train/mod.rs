@@ -4,6 +4,7 @@
 //! reads and writes. The loop is in [`run`], the model in [`model`], what makes it ReLoRA in [`relora`].
 
 mod adamw;
+mod checkpoint;
 mod data;
 mod device;
 mod error;

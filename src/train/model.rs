@@ -11,34 +11,18 @@ use super::{
     random::{Draws, Purpose},
     weights::{Parameter, Weights},
 };
-use crate::domain::spec::{self, ModelSpec, Precision, TrainSpec};
-
-pub const EMBEDDING: &str = "model.embed_tokens.weight";
-pub const HEAD: &str = "lm_head.weight";
-
-/// The path of a matrix: its parameters are `{path}.weight`, `{path}.lora_A.weight`, `{path}.lora_B.weight`.
-pub fn linear_path(layer: i64, linear: spec::Linear) -> String {
-    format!("model.layers.{layer}.{}", linear.path())
-}
+pub use crate::domain::checkpoint::{EMBEDDING, HEAD, linear_path};
+use crate::domain::{
+    checkpoint::{TensorShape, tensors},
+    spec::{self, ModelSpec, Precision, TrainSpec},
+};
 
 /// Every parameter of the model, without LoRA factors, in the order in which initial weights are drawn.
 pub fn parameters(spec: &ModelSpec) -> Vec<Parameter> {
-    let parameter = |name: String, shape: &[i64], decays| Parameter { name, shape: shape.to_vec(), decays };
-    let hidden = spec.hidden_size;
-    let mut all = vec![parameter(EMBEDDING.into(), &[spec.vocab_size, hidden], false)];
-    for layer in 0..spec.num_hidden_layers {
-        for (linear, (rows, columns)) in spec::Linear::ALL.into_iter().zip(spec.linear_shapes()) {
-            all.push(parameter(format!("{}.weight", linear_path(layer, linear)), &[rows, columns], true));
-        }
-        for norm in ["input_layernorm", "post_attention_layernorm"] {
-            all.push(parameter(format!("model.layers.{layer}.{norm}.weight"), &[hidden], false));
-        }
-    }
-    all.push(parameter("model.norm.weight".into(), &[hidden], false));
-    if !spec.tie_word_embeddings {
-        all.push(parameter(HEAD.into(), &[spec.vocab_size, hidden], true));
-    }
-    all
+    // Weight decay acts on matrices, and on no embedding.
+    let decays = |tensor: &TensorShape| tensor.shape.len() > 1 && tensor.name != EMBEDDING;
+    let parameter = |tensor: TensorShape| Parameter { decays: decays(&tensor), name: tensor.name, shape: tensor.shape };
+    tensors(spec).into_iter().map(parameter).collect()
 }
 
 /// What dropout masks depend on: the place of a micro-batch in the whole run's sequence of training rows.

@@ -11,6 +11,7 @@ use std::{
 use tch::Tensor;
 
 use super::{
+    checkpoint,
     data::Dataset,
     device,
     error::TrainError,
@@ -45,6 +46,9 @@ pub struct Args {
     /// The state to go on from, such as `OUT/states/120`.
     #[arg(long)]
     pub resume: Option<PathBuf>,
+    /// The folder of a checkpoint to begin with. A state that is gone on from holds what came of it.
+    #[arg(long)]
+    pub weights: Option<PathBuf>,
     /// This process among those of the job.
     #[arg(long, default_value_t = 0)]
     pub rank: i64,
@@ -108,7 +112,7 @@ pub fn train(
     let (out_dir, eos_token_id) = (args.out.clone(), dataset.tokenization.eos_token_id);
     let mut nodes = Nodes::new(out_dir, events.clone(), args.data.clone(), eos_token_id, fingerprint.clone());
     let Start { weights, state, written_by, start_matrices } = match &args.resume {
-        None => Start::new(&spec, device, &fingerprint),
+        None => Start::new(args.weights.as_deref(), &spec, device, &fingerprint)?,
         Some(state_dir) => Start::resume(state_dir, &spec, device)?,
     };
     if let Some(state_dir) = args.resume.as_deref().filter(|dir| lies_in(dir, &args.out)) {
@@ -181,13 +185,18 @@ struct Start {
 }
 
 impl Start {
-    fn new(spec: &TrainSpec, device: tch::Device, fingerprint: &Fingerprint) -> Self {
+    fn new(
+        checkpoint: Option<&Path>,
+        spec: &TrainSpec,
+        device: tch::Device,
+        fingerprint: &Fingerprint,
+    ) -> Result<Self, TrainError> {
         let mut state = LoopState::new();
         if matches!(spec.method, MethodSpec::Factorized(_)) {
             state.phase = Phase::LowRank;
         }
-        let weights = Weights::initial(spec, device);
-        Self { weights, state, written_by: fingerprint.clone(), start_matrices: None }
+        let weights = checkpoint::first_weights(checkpoint, spec, device)?;
+        Ok(Self { weights, state, written_by: fingerprint.clone(), start_matrices: None })
     }
 
     fn resume(state_dir: &Path, spec: &TrainSpec, device: tch::Device) -> Result<Self, TrainError> {

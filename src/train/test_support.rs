@@ -144,8 +144,16 @@ pub fn try_train(
     static DROPOUT: Mutex<()> = Mutex::new(());
     let has_dropout = spec.method.factors().is_some_and(|factors| factors.dropout > 0.0);
     let _alone = has_dropout.then(|| DROPOUT.lock().unwrap_or_else(PoisonError::into_inner));
-    let args =
-        Args { spec: dir.join("spec.json"), data, out: dir.join("out"), resume, rank: 0, world_size: 1, threads: None };
+    let args = Args {
+        spec: dir.join("spec.json"),
+        data,
+        out: dir.join("out"),
+        resume,
+        weights: spec.init_checkpoint.as_ref().map(|_| dir.join("weights")),
+        rank: 0,
+        world_size: 1,
+        threads: None,
+    };
     let (commands, receiver) = mpsc::channel();
     let events = Arc::new(Mutex::new(Vec::new()));
     let recorder = Recorder { events: Arc::clone(&events), stop_after, commands: commands.clone() };

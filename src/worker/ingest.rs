@@ -7,7 +7,8 @@ use super::{
     Agent,
     lease_keeper::LeaseKeeper,
     retry::until_written,
-    tokenize::{TokenizeRequest, Tokenized, tokenize},
+    staging,
+    tokenize::{TokenizeRequest, Tokenized, TokenizerSource, tokenize},
 };
 use crate::{
     db::{
@@ -16,15 +17,15 @@ use crate::{
         nodes::StoredFile,
     },
     domain::{
-        data::{TOKENIZATION_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, TRAIN_TOKENS_FILE, VALID_TOKENS_FILE},
+        checkpoint::{END_OF_TEXT_FILES, TOKENIZER_FILES},
+        data::{TOKENIZATION_FILE, TRAIN_TOKENS_FILE, VALID_TOKENS_FILE},
         job::{Failure, FailureKind},
     },
     shutdown::Shutdown,
     storage::{Key, Uploaded},
 };
 
-const FILES: [&str; 5] =
-    [TRAIN_TOKENS_FILE, VALID_TOKENS_FILE, TOKENIZATION_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE];
+const FILES: [&str; 3] = [TRAIN_TOKENS_FILE, VALID_TOKENS_FILE, TOKENIZATION_FILE];
 
 /// Runs the attempt and settles the tokenization.
 pub async fn run(agent: &Agent, lease: &Lease, ingestion: Ingestion, shutdown: &Shutdown) {
@@ -67,11 +68,23 @@ async fn attempt(agent: &Agent, lease: &Lease, ingestion: &Ingestion) -> Result<
     let expected = Uploaded { bytes: ingestion.size_bytes.unsigned_abs(), sha256: ingestion.sha256.clone() };
     agent.store.download_to(&key, &raw, &expected).await.map_err(|error| storage(error.into()))?;
 
+    let checkpoint = folder.path().join("checkpoint");
+    if let Some(id) = &ingestion.tokenizer_checkpoint {
+        let is_wanted = |name: &str| TOKENIZER_FILES.contains(&name) || END_OF_TEXT_FILES.contains(&name);
+        let staged = staging::stage_checkpoint(&agent.pool, &agent.store, id, &checkpoint, is_wanted).await;
+        staged.context("stage the checkpoint's tokenizer").map_err(storage)?;
+    }
+
     let (is_jsonl, vocab_size, validation_frac) =
         (ingestion.format == "jsonl", ingestion.vocab_size, ingestion.validation_frac);
+    let is_learned = ingestion.tokenizer_checkpoint.is_none();
     let out = folder.path().to_owned();
     let tokenized = tokio::task::spawn_blocking(move || {
-        tokenize(&TokenizeRequest { raw: &raw, is_jsonl, vocab_size, validation_frac }, &out)
+        let tokenizer = match is_learned {
+            true => TokenizerSource::Text { vocab_size },
+            false => TokenizerSource::Checkpoint { folder: &checkpoint, vocab_size },
+        };
+        tokenize(&TokenizeRequest { raw: &raw, is_jsonl, tokenizer, validation_frac }, &out)
     });
     let tokenized = tokenized
         .await
@@ -102,8 +115,9 @@ async fn upload(
     ingestion: &Ingestion,
     folder: &std::path::Path,
 ) -> Result<Vec<StoredFile>> {
-    let mut files = Vec::with_capacity(FILES.len());
-    for name in FILES {
+    let mut files = Vec::new();
+    let of_tokenizer = TOKENIZER_FILES.into_iter().filter(|name| folder.join(name).exists());
+    for name in FILES.into_iter().chain(of_tokenizer) {
         let key = Key::tokenization_file(&ingestion.tokenization, lease.lease_epoch, name);
         let uploaded =
             agent.store.upload_file(&key, &folder.join(name)).await.with_context(|| format!("upload {name}"))?;

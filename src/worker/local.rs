@@ -2,20 +2,23 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use super::{
-    tokenize::{TokenizeRequest, tokenize},
+    tokenize::{TokenizeRequest, TokenizerSource, tokenize},
     trainer::{Trainer, TrainerArgs},
 };
 use crate::{
     domain::{
+        checkpoint::{CONFIG_FILE, model_of_config},
         contract::{Command, Event},
-        data::{TOKENIZATION_FILE, TokenizationMeta},
-        ids::{DatasetId, TokenizationId},
+        data::{TOKENIZATION_FILE, TOKENIZER_FILE, TokenizationMeta},
+        ids::{DatasetId, NodeId, TokenizationId},
         lineage::NodeKind,
-        spec::{DataFacts, TrainSpec, TrainSpecRequest},
+        problem::Problem,
+        spec::{DataFacts, InitFacts, TrainSpec, TrainSpecRequest},
     },
     shutdown::Shutdown,
 };
@@ -29,6 +32,8 @@ pub struct LocalRun {
     pub spec: PathBuf,
     pub out: PathBuf,
     pub data: LocalData,
+    /// The folder of a checkpoint to begin with.
+    pub weights: Option<PathBuf>,
     /// Go on from the newest state in `out`.
     pub resume: bool,
 }
@@ -38,9 +43,13 @@ pub struct LocalRun {
 pub enum LocalData {
     /// A folder with the files of a tokenization.
     Tokens(PathBuf),
-    /// A text file, or JSON lines, to tokenize first.
-    Text { path: PathBuf, vocab_size: i64, validation_frac: f64 },
+    /// A text file, or JSON lines, to tokenize first: with a tokenizer of this vocabulary, which is learned, or by
+    /// default with that of the checkpoint to begin with.
+    Text { path: PathBuf, vocab_size: Option<i64>, validation_frac: f64 },
 }
+
+/// Of the tokenizer that is learned from a text.
+const DEFAULT_VOCAB_SIZE: i64 = 8_192;
 
 /// Trains to the end, or to a saved state when told to stop. Fails with the trainer's reason.
 pub async fn train(run: LocalRun, shutdown: Shutdown) -> Result<()> {
@@ -48,6 +57,7 @@ pub async fn train(run: LocalRun, shutdown: Shutdown) -> Result<()> {
         bail!("{} holds an earlier run: go on with --resume, or name another folder", run.out.display());
     }
     std::fs::create_dir_all(&run.out).with_context(|| format!("create {}", run.out.display()))?;
+    let weights = run.weights.as_deref().map(LocalCheckpoint::read).transpose()?;
     let data = match run.data {
         LocalData::Tokens(folder) => folder,
         LocalData::Text { path, vocab_size, validation_frac } => {
@@ -55,13 +65,19 @@ pub async fn train(run: LocalRun, shutdown: Shutdown) -> Result<()> {
             std::fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
             let is_jsonl = path.extension().is_some_and(|extension| extension == "jsonl");
             println!("tokenizing {}", path.display());
-            let request = TokenizeRequest { raw: &path, is_jsonl, vocab_size, validation_frac };
+            let tokenizer = match (vocab_size, &weights) {
+                (None, Some(LocalCheckpoint { folder, facts })) if facts.tokenizer_sha256.is_some() => {
+                    TokenizerSource::Checkpoint { folder, vocab_size: facts.model.vocab_size }
+                }
+                _ => TokenizerSource::Text { vocab_size: vocab_size.unwrap_or(DEFAULT_VOCAB_SIZE) },
+            };
+            let request = TokenizeRequest { raw: &path, is_jsonl, tokenizer, validation_frac };
             let tokenized = tokenize(&request, &folder)?;
             println!("{} training and {} validation tokens", tokenized.train_tokens, tokenized.valid_tokens);
             folder
         }
     };
-    let spec = read_spec(&run.spec, &data)?;
+    let spec = read_spec(&run.spec, &data, weights.as_ref().map(|weights| &weights.facts))?;
     let normalised = run.out.join("spec.json");
     std::fs::write(&normalised, serde_json::to_vec_pretty(&spec)?)?;
     let args = TrainerArgs {
@@ -69,6 +85,7 @@ pub async fn train(run: LocalRun, shutdown: Shutdown) -> Result<()> {
         spec: normalised,
         data,
         resume: if run.resume { Some(newest_state(&run.out)?) } else { None },
+        weights: run.weights.clone(),
         out: run.out.clone(),
         threads: run.threads,
     };
@@ -99,7 +116,35 @@ pub async fn train(run: LocalRun, shutdown: Shutdown) -> Result<()> {
     bail!("the trainer ended without a reason ({exit:?}); its last lines were:\n{}", trainer.log.tail())
 }
 
-fn read_spec(path: &Path, data: &Path) -> Result<TrainSpec> {
+/// A checkpoint in a folder.
+struct LocalCheckpoint<'a> {
+    folder: &'a Path,
+    facts: InitFacts,
+}
+
+impl<'a> LocalCheckpoint<'a> {
+    /// Its weights are the trainer's to check.
+    fn read(folder: &'a Path) -> Result<Self> {
+        let path = folder.join(CONFIG_FILE);
+        let text = std::fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+        let config = serde_json::from_slice(&text).with_context(|| format!("read {}", path.display()))?;
+        let model = model_of_config(config)
+            .map_err(|problems| anyhow!("{} cannot be continued from:\n{}", folder.display(), lines(&problems)))?;
+        Ok(Self { folder, facts: InitFacts { model, tokenizer_sha256: tokenizer_sha256(folder) } })
+    }
+}
+
+/// Of a folder's tokenizer, if it has one.
+fn tokenizer_sha256(folder: &Path) -> Option<String> {
+    Some(hex::encode(Sha256::digest(std::fs::read(folder.join(TOKENIZER_FILE)).ok()?)))
+}
+
+fn lines(problems: &[Problem]) -> String {
+    let lines: Vec<_> = problems.iter().map(|problem| format!("  {} {}", problem.pointer, problem.message)).collect();
+    lines.join("\n")
+}
+
+fn read_spec(path: &Path, data: &Path, init: Option<&InitFacts>) -> Result<TrainSpec> {
     let text = std::fs::read_to_string(path).with_context(|| format!("read the spec {}", path.display()))?;
     let json: Value = serde_json::from_str(&text).with_context(|| format!("read the spec {}", path.display()))?;
     let meta = data.join(TOKENIZATION_FILE);
@@ -114,17 +159,25 @@ fn read_spec(path: &Path, data: &Path) -> Result<TrainSpec> {
         max_train_tokens: meta.train_tokens,
         max_valid_tokens: meta.valid_tokens,
     };
-    let (request, mut problems) = TrainSpecRequest::parse(json);
+    let (mut request, mut problems) = TrainSpecRequest::parse(json);
+    match (init, &request.init_checkpoint) {
+        (Some(init), _) => {
+            request.init_checkpoint.get_or_insert_with(|| NodeId::from("local".to_owned()));
+            problems.extend(request.begin_with(init, Some(&facts)));
+        }
+        (None, Some(_)) => problems.push(Problem::new("/init_checkpoint", "name its folder with --weights")),
+        (None, None) => {}
+    }
     match request.normalise(Some(&facts)) {
-        Ok((spec, warnings)) if problems.is_empty() => {
+        Ok((spec, mut warnings)) if problems.is_empty() => {
+            warnings.extend(init.and_then(|init| init.tokenizer_warning(tokenizer_sha256(data).as_deref())));
             warnings.iter().for_each(|warning| println!("warning: {warning}"));
             return Ok(spec);
         }
         Ok(_) => {}
         Err(more) => problems.extend(more),
     }
-    let lines: Vec<_> = problems.iter().map(|problem| format!("  {} {}", problem.pointer, problem.message)).collect();
-    bail!("the spec {} is not valid:\n{}", path.display(), lines.join("\n"))
+    bail!("the spec {} is not valid:\n{}", path.display(), lines(&problems))
 }
 
 fn newest_state(out: &Path) -> Result<PathBuf> {

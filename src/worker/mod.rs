@@ -1,6 +1,7 @@
 //! The agent on a host: claims work, keeps the leases, runs trainers, streams their files to the store
 //! and writes every result. It holds no tensor; a trainer is a child process.
 
+mod checkpoint_tokenizer;
 pub mod documents;
 mod ingest;
 mod lease_keeper;

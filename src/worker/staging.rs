@@ -14,7 +14,11 @@ use crate::{
         nodes::{self, StoredFile},
         training::{ResumePoint, Training},
     },
-    domain::lineage::{self, FROZEN_FILE, NodeKind, START_FILE},
+    domain::{
+        checkpoint::is_staged,
+        ids::NodeId,
+        lineage::{self, FROZEN_FILE, NodeKind, START_FILE},
+    },
     storage::{Key, Store, Uploaded},
 };
 
@@ -26,6 +30,8 @@ pub struct Staged {
     pub out: PathBuf,
     /// The state to go on from.
     pub resume: Option<PathBuf>,
+    /// The checkpoint to begin with; a state holds everything that came of it.
+    pub weights: Option<PathBuf>,
     /// Files below `out` that lie in the store already, by their path there.
     pub stored: HashMap<String, StoredFile>,
 }
@@ -37,6 +43,7 @@ pub async fn stage(pool: &PgPool, store: &Store, training: &Training, folder: &P
         data: folder.join("data"),
         out: folder.join("out"),
         resume: None,
+        weights: None,
         stored: HashMap::new(),
     };
     for created in [&staged.data, &staged.out] {
@@ -48,6 +55,12 @@ pub async fn stage(pool: &PgPool, store: &Store, training: &Training, folder: &P
     }
     if let Some(resume) = &training.resume {
         stage_state(pool, store, resume, &mut staged).await.context("stage the state to go on from")?;
+    } else if let Some(checkpoint) = &training.spec.init_checkpoint {
+        let weights = folder.join("weights");
+        stage_checkpoint(pool, store, checkpoint, &weights, is_staged)
+            .await
+            .context("stage the checkpoint to begin with")?;
+        staged.weights = Some(weights);
     }
     Ok(staged)
 }
@@ -66,6 +79,20 @@ async fn stage_state(pool: &PgPool, store: &Store, resume: &ResumePoint, staged:
         }
     }
     staged.resume = Some(staged.out.join(state));
+    Ok(())
+}
+
+/// Downloads those files of a checkpoint whose names are wanted.
+pub async fn stage_checkpoint(
+    pool: &PgPool,
+    store: &Store,
+    checkpoint: &NodeId,
+    folder: &Path,
+    is_wanted: impl Fn(&str) -> bool,
+) -> Result<()> {
+    for file in nodes::files(pool, checkpoint).await?.iter().filter(|file| is_wanted(&file.name)) {
+        download(store, file, &folder.join(&file.name)).await?;
+    }
     Ok(())
 }
 

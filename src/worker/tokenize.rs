@@ -1,4 +1,5 @@
-//! Turns raw text into tokens: trains a byte-level BPE on the training side, encodes both sides.
+//! Turns raw text into tokens: trains a byte-level BPE on the training side, or takes the tokenizer of a checkpoint,
+//! and encodes both sides.
 //! Synchronous and without a database: `relora train --text` uses it as it is.
 
 use std::{
@@ -18,7 +19,10 @@ use tokenizers::{
     },
 };
 
-use super::documents::{Chunk, Documents};
+use super::{
+    checkpoint_tokenizer,
+    documents::{Chunk, Documents},
+};
 use crate::domain::data::{
     END_OF_TEXT, TOKENIZATION_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, TRAIN_TOKENS_FILE, TokenDtype,
     TokenizationMeta, VALID_TOKENS_FILE,
@@ -29,8 +33,17 @@ use crate::domain::data::{
 pub struct TokenizeRequest<'a> {
     pub raw: &'a Path,
     pub is_jsonl: bool,
-    pub vocab_size: i64,
+    pub tokenizer: TokenizerSource<'a>,
     pub validation_frac: f64,
+}
+
+/// Where the tokenizer comes from.
+#[derive(Debug, Clone, Copy)]
+pub enum TokenizerSource<'a> {
+    /// It is learned from the text.
+    Text { vocab_size: i64 },
+    /// From a checkpoint, some of whose files lie in this folder; its model has this vocabulary.
+    Checkpoint { folder: &'a Path, vocab_size: i64 },
 }
 
 /// What came of it.
@@ -51,13 +64,20 @@ const BATCH_BYTES: usize = 16 << 20;
 /// Writes the token files, their description and the tokenizer into `out`.
 pub fn tokenize(request: &TokenizeRequest<'_>, out: &Path) -> Result<Tokenized> {
     let documents = Documents::open(request.raw, request.is_jsonl, request.validation_frac)?;
-    let mut tokenizer = train_bpe(&documents, request.vocab_size)?;
-    tokenizer.save(out.join(TOKENIZER_FILE), false).map_err(|error| anyhow!(error)).context("write tokenizer.json")?;
+    let (mut tokenizer, eos_token_id, vocab_size) = match request.tokenizer {
+        TokenizerSource::Text { vocab_size } => {
+            let (tokenizer, eos_token_id) = learn(&documents, vocab_size, out)?;
+            (tokenizer, eos_token_id, vocab_size)
+        }
+        TokenizerSource::Checkpoint { folder, vocab_size } => {
+            let (tokenizer, eos_token_id) = checkpoint_tokenizer::take(folder, vocab_size, out)?;
+            (tokenizer, eos_token_id, vocab_size)
+        }
+    };
     // From here on the text of a document is only text, even where it spells a special token.
     tokenizer.set_encode_special_tokens(true);
 
-    let eos_token_id = tokenizer.token_to_id(END_OF_TEXT).context("find the end-of-text token")?;
-    let dtype = TokenDtype::of_vocab(request.vocab_size);
+    let dtype = TokenDtype::of_vocab(vocab_size);
     let mut train = TokenFile::create(&out.join(TRAIN_TOKENS_FILE), dtype)?;
     let mut valid = TokenFile::create(&out.join(VALID_TOKENS_FILE), dtype)?;
     let mut batch = Vec::new();
@@ -86,7 +106,7 @@ pub fn tokenize(request: &TokenizeRequest<'_>, out: &Path) -> Result<Tokenized> 
     let meta = TokenizationMeta {
         format_version: 1,
         dtype,
-        vocab_size: request.vocab_size,
+        vocab_size,
         train_tokens: train.finish()?,
         valid_tokens: valid.finish()?,
         eos_token_id: i64::from(eos_token_id),
@@ -98,7 +118,6 @@ pub fn tokenize(request: &TokenizeRequest<'_>, out: &Path) -> Result<Tokenized> 
         meta.valid_tokens
     );
     std::fs::write(out.join(TOKENIZATION_FILE), serde_json::to_vec_pretty(&meta)?)?;
-    std::fs::write(out.join(TOKENIZER_CONFIG_FILE), serde_json::to_vec_pretty(&tokenizer_config())?)?;
     Ok(Tokenized {
         tokenizer_vocab_size: tokenizer.get_vocab_size(true) as i64,
         train_tokens: meta.train_tokens,
@@ -106,6 +125,15 @@ pub fn tokenize(request: &TokenizeRequest<'_>, out: &Path) -> Result<Tokenized> 
         train_documents: documents.num_train,
         valid_documents: documents.num_valid,
     })
+}
+
+/// A tokenizer for the training text, written to `out`, and the token that ends a text.
+fn learn(documents: &Documents, vocab_size: i64, out: &Path) -> Result<(Tokenizer, u32)> {
+    let tokenizer = train_bpe(documents, vocab_size)?;
+    tokenizer.save(out.join(TOKENIZER_FILE), false).map_err(|error| anyhow!(error)).context("write tokenizer.json")?;
+    std::fs::write(out.join(TOKENIZER_CONFIG_FILE), serde_json::to_vec_pretty(&tokenizer_config(END_OF_TEXT))?)?;
+    let eos_token_id = tokenizer.token_to_id(END_OF_TEXT).context("find the end-of-text token")?;
+    Ok((tokenizer, eos_token_id))
 }
 
 fn train_bpe(documents: &Documents, vocab_size: i64) -> Result<Tokenizer> {
@@ -151,11 +179,11 @@ fn encode_batch(tokenizer: &Tokenizer, batch: Vec<Chunk>) -> Result<Vec<(Chunk, 
 }
 
 /// What `transformers.AutoTokenizer` wants to see beside `tokenizer.json`.
-fn tokenizer_config() -> serde_json::Value {
+fn tokenizer_config(end_of_text: &str) -> serde_json::Value {
     json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
+        "bos_token": end_of_text,
+        "eos_token": end_of_text,
         "add_prefix_space": false,
         "clean_up_tokenization_spaces": false,
     })
@@ -200,7 +228,8 @@ mod tests {
         let text: String =
             (0..2_000).map(|i| format!("fn line_{i}() {{ höher({i}) }}\n\n    // {END_OF_TEXT}\n")).collect();
         std::fs::write(&raw, &text).unwrap();
-        let request = TokenizeRequest { raw: &raw, is_jsonl: false, vocab_size: 400, validation_frac: 0.1 };
+        let tokenizer = TokenizerSource::Text { vocab_size: 400 };
+        let request = TokenizeRequest { raw: &raw, is_jsonl: false, tokenizer, validation_frac: 0.1 };
 
         let tokenized = tokenize(&request, &folder).unwrap();
 

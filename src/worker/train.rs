@@ -93,6 +93,7 @@ async fn attempt(
         data: staged.data.clone(),
         out: staged.out.clone(),
         resume: staged.resume.clone(),
+        weights: staged.weights.clone(),
         threads: agent.config.trainer_threads,
     };
     let trainer = match Trainer::spawn(&args, &folder.path().join("trainer.log")).await {

@@ -26,6 +26,8 @@ pub struct TrainerArgs<'a> {
     pub data: PathBuf,
     pub out: PathBuf,
     pub resume: Option<PathBuf>,
+    /// The checkpoint to begin with, where there is no state to go on from.
+    pub weights: Option<PathBuf>,
     pub threads: usize,
 }
 
@@ -45,6 +47,9 @@ impl Trainer {
         command.arg("--threads").arg(args.threads.to_string());
         if let Some(state) = &args.resume {
             command.arg("--resume").arg(state);
+        }
+        if let Some(weights) = &args.weights {
+            command.arg("--weights").arg(weights);
         }
         let mut child = command
             .stdin(Stdio::piped())

@@ -4,7 +4,6 @@
 use std::{collections::HashMap, path::PathBuf};
 
 use anyhow::{Context, Result};
-use serde_json::json;
 use sqlx::PgPool;
 use tokio::sync::{mpsc, oneshot};
 
@@ -116,15 +115,9 @@ impl Uploader {
         Ok(stored)
     }
 
-    /// The manifest lets a copy of the files be checked without the service.
     async fn upload_manifest(&mut self, report: &NodeReport, files: &[StoredFile]) -> Result<StoredFile> {
-        let files: Vec<_> = files
-            .iter()
-            .map(|file| json!({"name": file.name, "size_bytes": file.size_bytes, "sha256": file.sha256}))
-            .collect();
-        let manifest = json!({
-            "format_version": 1, "kind": report.kind, "step": report.step, "restart": report.restart, "files": files,
-        });
+        let files = files.iter().map(StoredFile::facts);
+        let manifest = lineage::manifest(report.kind, report.step, report.restart, files);
         let folder = match report.kind {
             NodeKind::Restart => report.restart,
             _ => report.step,

@@ -51,6 +51,14 @@ impl TestApp {
         Self::start_with(pool, store, Arc::new(folder), Arc::new(s3)).await
     }
 
+    /// On a disk that is full.
+    pub async fn start_without_space(pool: PgPool) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let s3 = S3::start(folder.path(), u64::MAX / 2).await.unwrap();
+        let store = Store::connect(s3.store()).await.unwrap();
+        Self::start_with(pool, store, Arc::new(folder), Arc::new(s3)).await
+    }
+
     /// Another server of the same service.
     pub async fn start_another(&self) -> Self {
         let store = self.store.clone();
@@ -115,6 +123,17 @@ impl TestApp {
     /// Without a key.
     pub fn anonymous(&self, method: Method, path: &str) -> RequestBuilder {
         self.client.request(method, self.url(path))
+    }
+
+    /// Every object in the store, by the end of its path on the disk.
+    pub fn stored_objects(&self) -> Vec<String> {
+        fn files(folder: &std::path::Path) -> Vec<String> {
+            let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+            entries
+                .flat_map(|path| if path.is_dir() { files(&path) } else { vec![path.display().to_string()] })
+                .collect()
+        }
+        files(self._folder.path()).into_iter().filter(|path| path.contains("/i/") || path.contains("/d/")).collect()
     }
 
     pub async fn get(&self, path: &str) -> Answer {

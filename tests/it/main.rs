@@ -6,6 +6,7 @@ mod auth;
 mod datasets;
 mod events;
 mod health;
+mod imports;
 mod jobs;
 mod layers;
 mod lineage;

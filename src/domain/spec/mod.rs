@@ -3,7 +3,8 @@
 //!
 //! Holding a [`TrainSpec`] is the proof that it was checked: nothing below re-checks or fills in.
 
-mod check;
+pub(in crate::domain) mod check;
+mod init;
 mod method;
 mod normalise;
 mod normalise_method;
@@ -18,6 +19,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+pub use init::InitFacts;
 pub use method::{
     ControlSpec, FactorsSpec, Linear, LoraSpec, MethodPreset, MethodSpec, OptimizerReset, ReloraSpec, RestartLr,
     RestartSchedule,
@@ -26,7 +28,7 @@ pub use normalise::DataFacts;
 pub use presets::PRESETS;
 pub use request::TrainSpecRequest;
 
-use super::ids::{DatasetId, TokenizationId};
+use super::ids::{DatasetId, NodeId, TokenizationId};
 
 /// A training spec with every default filled in.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -36,6 +38,8 @@ pub struct TrainSpec {
     pub name: String,
     pub dataset: DatasetId,
     pub tokenization: TokenizationId,
+    /// The stored checkpoint whose weights the run begins with; null for weights that are drawn.
+    pub init_checkpoint: Option<NodeId>,
     pub model: ModelSpec,
     pub method: MethodSpec,
     pub optimizer: OptimizerSpec,

@@ -82,6 +82,7 @@ impl TrainSpecRequest {
             name,
             dataset: data?.dataset.clone(),
             tokenization: data?.tokenization.clone(),
+            init_checkpoint: self.init_checkpoint.clone(),
             optimizer: fill_in_optimizer(check, &self.optimizer.clone().unwrap_or_default()),
             precision: self.precision.unwrap_or(Precision::Fp32),
             deterministic: self.deterministic.unwrap_or(true),
@@ -129,7 +130,7 @@ fn fill_in_model(
     sequence_length: i64,
 ) -> ModelSpec {
     let Some(request) = request else {
-        check.problem("/model", "is required: name a preset, or give the sizes");
+        check.problem("/model", "is required: name a preset, give the sizes, or name an init_checkpoint");
         return ModelSpec::smallest();
     };
     let preset = request.preset.as_deref().and_then(presets::find);

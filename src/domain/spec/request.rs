@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 
 use super::{Device, Linear, MethodPreset, Precision, RestartLr, RestartSchedule};
 use crate::domain::{
-    ids::{DatasetId, TokenizationId},
+    ids::{DatasetId, NodeId, TokenizationId},
     json,
     problem::Problem,
 };
@@ -25,7 +25,9 @@ pub struct TrainSpecRequest {
     pub dataset: Option<DatasetId>,
     /// How the dataset was turned into tokens; by default its newest tokenization.
     pub tokenization: Option<TokenizationId>,
-    #[schema(required, value_type = ModelRequest)]
+    /// A stored checkpoint or base whose weights the run begins with.
+    pub init_checkpoint: Option<NodeId>,
+    /// Required without `init_checkpoint`; with it the model is the checkpoint's, and may be left out.
     pub model: Option<ModelRequest>,
     #[schema(required, value_type = MethodRequest)]
     pub method: Option<MethodRequest>,
