@@ -25,9 +25,11 @@ where spec #>> '{method,type}' = 'relora';
 
 update jobs set spec = jsonb_set(spec, '{batch,skip_seqs}', '0');
 
--- The trainer's contract and its states changed with the spec: an older worker must not take what is queued here.
+-- The trainer's contract and its states changed with the spec: an older worker must not take what is queued here, and
+-- what it left in the middle of a run begins again.
 alter table work_items alter column format_version set default 2;
 update work_items set format_version = 2;
+update nodes set superseded = true where kind = 'state';
 
 -- What a restart merged: the norm of the update, by kind of matrix.
 alter table nodes add column update_norms jsonb;

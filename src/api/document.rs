@@ -58,9 +58,16 @@ pub async fn get_openapi(_: Caller) -> Json<&'static OpenApi> {
 pub fn complete(mut openapi: OpenApi) -> OpenApi {
     let schemas = openapi.components.iter_mut().flat_map(|components| components.schemas.iter_mut());
     for (_, schema) in schemas.filter(|(name, _)| !name.ends_with("Request")) {
-        if let RefOr::T(Schema::Object(object)) = schema {
-            object.required = object.properties.keys().cloned().collect();
-        }
+        require_all(schema);
     }
     openapi
+}
+
+fn require_all(schema: &mut RefOr<Schema>) {
+    match schema {
+        RefOr::T(Schema::Object(object)) => object.required = object.properties.keys().cloned().collect(),
+        RefOr::T(Schema::AllOf(parts)) => parts.items.iter_mut().for_each(require_all),
+        RefOr::T(Schema::OneOf(choices)) => choices.items.iter_mut().for_each(require_all),
+        _ => {}
+    }
 }

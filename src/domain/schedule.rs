@@ -1,4 +1,4 @@
-//! What happens at which step: learning rate, wrap, restarts. Pure functions of the step.
+//! What happens at which step: learning rate, wrap, restarts, resets. Pure functions of the step.
 //!
 //! A *step* is one optimizer update. `learning_rate(t)` is the rate of the update with the 0-based
 //! index `t`; everything else is asked "after `done` updates".
@@ -128,7 +128,8 @@ fn cosine(q: f64, min_lr_frac: f64) -> f64 {
 
 /// Progress along the cosine, which begins where the warm-up ends.
 fn progress(t: i64, total: i64, warmup_steps: i64) -> f64 {
-    (t - warmup_steps) as f64 / (total - warmup_steps).max(1) as f64
+    // A short last cycle may end before its warm-up would join the cosine.
+    ((t - warmup_steps) as f64 / (total - warmup_steps).max(1) as f64).min(1.0)
 }
 
 fn cosine_with_warmup(t: i64, total: i64, warmup_steps: i64, min_lr_frac: f64) -> f64 {
@@ -142,14 +143,14 @@ fn cosine_with_warmup(t: i64, total: i64, warmup_steps: i64, min_lr_frac: f64) -
 /// `warmup_steps` updates, to the value where it joins the cosine again.
 fn jagged_cosine(t: i64, total: i64, first_warmup_steps: i64, restarts: Restarts, min_lr_frac: f64) -> f64 {
     let cycle_steps = restarts.reset_every_steps;
-    let (cycle_start, since_restart) = (t - t % cycle_steps, t % cycle_steps);
-    if t < cycle_steps || since_restart >= restarts.warmup_steps {
+    let (cycle_start, since_reset) = (t - t % cycle_steps, t % cycle_steps);
+    if t < cycle_steps || since_reset >= restarts.warmup_steps {
         return cosine_with_warmup(t, total, first_warmup_steps, min_lr_frac);
     }
     let joining = cosine(progress(cycle_start + restarts.warmup_steps, total, first_warmup_steps), min_lr_frac);
     let climbed_steps = match restarts.lr {
-        RestartLr::Zero => since_restart,
-        RestartLr::OneOverW => since_restart + 1,
+        RestartLr::Zero => since_reset,
+        RestartLr::OneOverW => since_reset + 1,
     };
     joining * climbed_steps as f64 / restarts.warmup_steps as f64
 }

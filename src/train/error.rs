@@ -46,11 +46,7 @@ impl TrainError {
         if self.kind != FailureKind::OutOfMemory {
             return self;
         }
-        let memory = MemoryNeeds::of(spec);
-        let message = format!(
-            "out of memory: {memory}; lower batch/micro_batch_seqs or take a smaller model. libtorch says: {}",
-            self.message
-        );
+        let message = format!("out of memory: {}. libtorch says: {}", MemoryNeeds::of(spec), self.message);
         Self { message, ..self }
     }
 }

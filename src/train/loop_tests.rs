@@ -82,6 +82,14 @@ fn every_method() -> Vec<Value> {
         with_method(method(json!({}))),
         json!({"method": method(json!({"dropout": 0.2, "restart_schedule": "cyclical"})), "precision": "bf16"}),
         with_method(method(json!({"restart_every_steps": 2, "reset_every_steps": 5, "restart_schedule": "plain"}))),
+        // Resets between merges, and last cycles that are shorter than the others.
+        with_method(method(json!({
+            "restart_every_steps": 7, "reset_every_steps": 3, "restart_lr": "zero", "allow_short_last_cycle": true
+        }))),
+        json!({
+            "method": method(json!({"train_embeddings": false, "train_head": false})),
+            "model": {"tie_word_embeddings": true, "num_key_value_heads": 2},
+        }),
         reset(json!({"type": "random", "frac": 0.7, "reset_step_count": false, "joint_mask": false})),
         reset(json!({"type": "magnitude", "frac": 0.7, "reset_step_count": true, "joint_mask": true})),
     ]
@@ -266,11 +274,15 @@ fn a_loss_that_is_never_finite_fails_as_diverged() {
         json!({"optimizer": {"warm_start_learning_rate": 1e30, "clip_norm": 0.0}, "schedule": {"warmup_steps": 0}});
     let error = try_train(dir.path(), &spec(patch), None, None).expect_err("no finite loss");
     assert_eq!(error.kind, FailureKind::Diverged, "{error}");
-    assert!(error.message.contains("there is no checkpoint yet"), "{error}");
+    assert!(error.message.contains("there is no good checkpoint yet"), "{error}");
 
     // Here the low-rank phase alone is too fast.
     let dir = scratch_dir();
-    let patch = json!({"optimizer": {"learning_rate": 1e30, "clip_norm": 0.0}, "method": method(json!({"relora_warmup_steps": 0}))});
+    let patch = json!({
+        "optimizer": {"learning_rate": 1e30, "clip_norm": 0.0}, "method": method(json!({"relora_warmup_steps": 0})),
+        // Also of weights that are no good any more.
+        "checkpoints": {"every_steps": 1},
+    });
     let error = try_train(dir.path(), &spec(patch), None, None).expect_err("no finite loss");
     assert_eq!(error.kind, FailureKind::Diverged, "{error}");
     assert!(error.message.contains("the last good checkpoint is that of step 4"), "{error}");

@@ -14,7 +14,7 @@ use super::{
 pub use crate::domain::checkpoint::{EMBEDDING, HEAD, linear_path};
 use crate::domain::{
     checkpoint::{TensorShape, tensors},
-    spec::{self, ModelSpec, Precision, TrainSpec},
+    spec::{Linear, ModelSpec, Precision, TrainSpec},
 };
 
 /// Every parameter of the model, without LoRA factors, in the order in which initial weights are drawn.
@@ -52,12 +52,12 @@ struct Branch {
 }
 
 /// x ↦ x (W + sBA)ᵀ, with or without either part.
-struct Linear {
+struct Projection {
     weight: Option<Tensor>, // (out, in)
     branch: Option<Branch>,
 }
 
-impl Linear {
+impl Projection {
     /// `mask` is the dropout on the branch's input.
     fn forward(&self, x: &Tensor, mask: Option<&Tensor>) -> Tensor {
         let product = |x: &Tensor, weight: &Tensor| x.linear(&weight.to_kind(x.kind()), None::<Tensor>);
@@ -108,7 +108,7 @@ impl Rotary {
 struct Layer {
     input_norm: RmsNorm,
     post_attention_norm: RmsNorm,
-    linears: [Linear; 7],
+    linears: [Projection; 7],
     num_heads: i64,
     num_kv_heads: i64,
 }
@@ -141,7 +141,7 @@ pub struct Llama {
     embed_tokens: Tensor,
     layers: Vec<Layer>,
     norm: RmsNorm,
-    lm_head: Linear,
+    lm_head: Projection,
     rotary: Rotary,
     kind: Kind,
     dropout: f64,
@@ -168,11 +168,11 @@ impl Llama {
                 scale: weights.low_rank.as_ref()?.scale,
             })
         };
-        let linear = |path: &str| Linear { weight: weights.find(&format!("{path}.weight")), branch: branch(path) };
+        let linear = |path: &str| Projection { weight: weights.find(&format!("{path}.weight")), branch: branch(path) };
         let layers = (0..spec.num_hidden_layers).map(|layer| Layer {
             input_norm: norm(format!("model.layers.{layer}.input_layernorm.weight")),
             post_attention_norm: norm(format!("model.layers.{layer}.post_attention_layernorm.weight")),
-            linears: spec::Linear::ALL.map(|kind| linear(&linear_path(layer, kind))),
+            linears: Linear::ALL.map(|kind| linear(&linear_path(layer, kind))),
             num_heads: spec.num_attention_heads,
             num_kv_heads: spec.num_key_value_heads,
         });
@@ -181,7 +181,7 @@ impl Llama {
             embed_tokens: tensor(EMBEDDING),
             layers: layers.collect(),
             norm: norm("model.norm.weight".into()),
-            lm_head: Linear { weight: Some(tensor(head)), branch: None },
+            lm_head: Projection { weight: Some(tensor(head)), branch: None },
             rotary: Rotary::new(spec, weights.full_rank.values.device()),
             kind: match precision {
                 Precision::Fp32 => Kind::Float,
@@ -216,7 +216,7 @@ impl Llama {
     /// libtorch's generator under a seed of that sequence and layer: micro-batches do not matter.
     fn dropout_masks(&self, layer: &Layer, layer_index: i64, x: &Tensor, place: DropoutPlace) -> Vec<Tensor> {
         let (b, t) = (x.size()[0], x.size()[1]);
-        let widths = layer.linears.each_ref().map(Linear::mask_width);
+        let widths = layer.linears.each_ref().map(Projection::mask_width);
         let keep = 1.0 - self.dropout;
         let masks: Vec<_> = (0..b)
             .map(|row| {

@@ -148,12 +148,12 @@ pub fn train(
     run.report_ranks_again();
     let ending = run.train()?;
     run.nodes.finish()?;
+    let step = run.state.step;
     match (ending, run.ranks.take()) {
-        (Ending::Done, Some(ranks)) => ranks.finish()?,
-        (Ending::Stopped, Some(ranks)) => ranks.abandon()?,
+        (Ending::Done, Some(ranks)) => ranks.finish(step, || run.inbox.is_stopping()),
+        (Ending::Stopped, Some(ranks)) => ranks.abandon(step),
         _ => {}
     }
-    let step = run.state.step;
     events.emit(&match ending {
         Ending::Done => Event::Done { step },
         Ending::Stopped => Event::Stopped { step },

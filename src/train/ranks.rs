@@ -5,10 +5,11 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
-        mpsc::{self, SyncSender, TrySendError},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+        mpsc::{self, Sender},
     },
     thread::{self, JoinHandle},
+    time::Duration,
 };
 
 use tch::{Kind, Tensor};
@@ -31,33 +32,41 @@ struct Merged {
     matrices: Vec<Tensor>,
 }
 
+/// Reports that may be under way at once: one that is counted, and one that waits with its copy of the matrices.
+const MAX_UNDER_WAY: usize = 2;
+
+const POLL: Duration = Duration::from_millis(10);
+
 pub struct RankReporter {
     events: Events,
     /// The matrices at the warm start.
     start: Vec<Tensor>,
-    merged: SyncSender<Merged>,
+    merged: Sender<Merged>,
+    num_under_way: Arc<AtomicUsize>,
     is_abandoned: Arc<AtomicBool>,
     thread: JoinHandle<()>,
 }
 
 impl RankReporter {
     pub fn start(events: Events, wrapped: Vec<Wrapped>, start: Vec<Tensor>, threshold: f64) -> Self {
-        // One may wait while another is counted.
-        let (merged, queue) = mpsc::sync_channel::<Merged>(1);
-        let is_abandoned = Arc::new(AtomicBool::new(false));
+        let (merged, queue) = mpsc::channel::<Merged>();
+        let (is_abandoned, num_under_way) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let thread = {
-            let (events, is_abandoned) = (events.clone(), Arc::clone(&is_abandoned));
+            let (events, is_abandoned, num_under_way) =
+                (events.clone(), Arc::clone(&is_abandoned), Arc::clone(&num_under_way));
             let start: Vec<_> = start.iter().map(Tensor::shallow_clone).collect();
             thread::spawn(move || {
                 for Merged { step, restart, matrices } in queue {
                     let kinds = count(&wrapped, &start, &matrices, threshold, &is_abandoned);
-                    if !is_abandoned.load(Ordering::Relaxed) {
-                        events.emit(&Event::Ranks { step, restart, threshold, kinds });
+                    if is_abandoned.load(Ordering::Relaxed) {
+                        break;
                     }
+                    events.emit(&Event::Ranks { step, restart, threshold, kinds });
+                    num_under_way.fetch_sub(1, Ordering::Relaxed);
                 }
             })
         };
-        Self { events, start, merged, is_abandoned, thread }
+        Self { events, start, merged, num_under_way, is_abandoned, thread }
     }
 
     /// The wrapped matrices at the warm start.
@@ -65,26 +74,37 @@ impl RankReporter {
         &self.start
     }
 
-    /// Has the ranks after a restart counted. Where counting cannot keep up, a report is left out: it is no reason to
-    /// stop training.
+    /// Has the ranks after a restart counted. Where counting cannot keep up, or has failed, a report is left out: it is
+    /// no reason to stop training.
     pub fn submit(&self, step: i64, restart: i64, low_rank: &LowRankWeights) {
-        let merged = Merged { step, restart, matrices: wrapped_matrices(low_rank) };
-        if let Err(TrySendError::Full(_)) = self.merged.try_send(merged) {
-            let message = format!("the ranks after restart {restart} are not reported: counting them takes too long");
-            self.events.emit(&Event::Warning { step, message });
+        if self.thread.is_finished() || self.num_under_way.load(Ordering::Relaxed) >= MAX_UNDER_WAY {
+            let message = format!("the ranks after restart {restart} are not reported: counting them cannot keep up");
+            return self.events.emit(&Event::Warning { step, message });
+        }
+        self.num_under_way.fetch_add(1, Ordering::Relaxed);
+        // Who has ended meanwhile has failed, which is said at the end.
+        let _ = self.merged.send(Merged { step, restart, matrices: wrapped_matrices(low_rank) });
+    }
+
+    /// Waits until everything is reported, or until a stop is asked for.
+    pub fn finish(self, step: i64, mut is_stopping: impl FnMut() -> bool) {
+        let Self { events, merged, is_abandoned, thread, .. } = self;
+        drop(merged);
+        while !thread.is_finished() {
+            if is_stopping() {
+                is_abandoned.store(true, Ordering::Relaxed);
+            }
+            thread::sleep(POLL);
+        }
+        if let Err(panic) = thread.join() {
+            let message = format!("ranks are not reported: {}", TrainError::from_panic(&*panic));
+            events.emit(&Event::Warning { step, message });
         }
     }
 
-    /// Waits until everything is reported.
-    pub fn finish(self) -> Result<(), TrainError> {
-        drop(self.merged);
-        self.thread.join().map_err(|panic| TrainError::from_panic(&*panic))
-    }
-
-    /// Leaves out what is not reported yet: whoever goes on from here counts again.
-    pub fn abandon(self) -> Result<(), TrainError> {
-        self.is_abandoned.store(true, Ordering::Relaxed);
-        self.finish()
+    /// Leaves out what is not reported yet. Whoever goes on from here counts the last restart again.
+    pub fn abandon(self, step: i64) {
+        self.finish(step, || true);
     }
 }
 

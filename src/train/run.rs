@@ -24,7 +24,7 @@ use crate::domain::{
     contract::{Command, Event, StepReport},
     job::FailureKind,
     schedule::Schedule,
-    spec::TrainSpec,
+    spec::{OptimizerReset, TrainSpec},
 };
 
 /// Batches in a row whose loss or gradient is not finite, after which the run has diverged.
@@ -58,6 +58,11 @@ pub struct Inbox {
 impl Inbox {
     pub fn new(commands: Receiver<Command>) -> Self {
         Self { commands, is_stopping: false, is_state_wanted: false }
+    }
+
+    /// Whether a stop has been asked for.
+    pub fn is_stopping(&mut self) -> bool {
+        self.read().is_stopping
     }
 
     /// Takes note of what came since the last time. A sender that is gone has asked for a stop.
@@ -148,6 +153,7 @@ impl Run {
                 self.skip(loss, grad_norm)?;
                 continue;
             }
+            self.state.last_good_checkpoint_step = self.state.last_checkpoint_step;
             self.clip(grad_norm);
             for group in self.weights.groups_mut() {
                 group.adamw_update(&self.spec.optimizer, learning_rate);
@@ -199,6 +205,12 @@ impl Run {
         let step = self.state.step;
         let merged_factors = low_rank.factor_values();
         let update_norms = low_rank.merge();
+        if update_norms.values().any(|norm| !norm.is_finite()) {
+            let message = format!(
+                "restart {restart} after step {step} merged an update that is not finite; lower the learning rate"
+            );
+            return Err(self.diverged(&message));
+        }
         if step < self.schedule.num_steps {
             low_rank.draw_factors(self.spec.seed, restart);
         } else {
@@ -215,6 +227,9 @@ impl Run {
     /// Resets the optimizer state of the factors, and of nothing else.
     fn reset_optimizer(&mut self, reset: i64) {
         let (Some(low_rank), Some(relora)) = (&mut self.weights.low_rank, self.spec.method.relora()) else { return };
+        if relora.optimizer_reset == (OptimizerReset::None {}) {
+            return;
+        }
         let cleared_frac = low_rank.factors.reset_optimizer(relora.optimizer_reset, self.spec.seed, reset);
         tracing::info!(self.state.step, reset, cleared_frac, "optimizer reset");
         self.events.emit(&Event::OptimizerReset { step: self.state.step, reset, cleared_frac });
@@ -223,7 +238,7 @@ impl Run {
     /// Reports the validation loss. A stop does not wait for it: the evaluation is then due to whoever goes on.
     fn evaluate(&mut self) -> Result<(), TrainError> {
         let Self { model, dataset, spec, device, inbox, .. } = self;
-        let is_interrupted = || inbox.read().is_stopping;
+        let is_interrupted = || inbox.is_stopping();
         let evaluation = eval::evaluate(model, &dataset.valid, spec, *device, is_interrupted);
         self.state.evaluation_due = evaluation.is_none();
         let Some(evaluation) = evaluation else { return Ok(()) };
@@ -305,9 +320,9 @@ impl Run {
     }
 
     fn diverged(&self, message: &str) -> TrainError {
-        let last_good = match self.state.last_checkpoint_step {
+        let last_good = match self.state.last_good_checkpoint_step {
             Some(step) => format!("the last good checkpoint is that of step {step}"),
-            None => "there is no checkpoint yet".into(),
+            None => "there is no good checkpoint yet".into(),
         };
         TrainError::new(FailureKind::Diverged, format!("{message}; {last_good}"))
     }

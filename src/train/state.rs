@@ -38,8 +38,10 @@ pub struct LoopState {
     pub phase: Phase,
     /// The evaluation after this step was cut short by a stop, and is made up for by whoever goes on.
     pub evaluation_due: bool,
-    /// The newest checkpoint: named where the run cannot go on.
+    /// The newest checkpoint, and the newest whose weights have given a finite loss since: that one is named where the
+    /// run cannot go on.
     pub last_checkpoint_step: Option<i64>,
+    pub last_good_checkpoint_step: Option<i64>,
 }
 
 impl LoopState {
@@ -54,6 +56,7 @@ impl LoopState {
             phase: Phase::FullRank,
             evaluation_due: false,
             last_checkpoint_step: None,
+            last_good_checkpoint_step: None,
         }
     }
 }
@@ -105,7 +108,7 @@ impl StateFile {
         }
     }
 
-    /// Refuses a spec under which the state would mean something else. How often things are reported and saved, and
+    /// Refuses a spec under which the state would mean something else. How often the run is evaluated and saved, and
     /// the micro-batch, may change.
     pub fn check_spec(&self, spec: &TrainSpec) -> Result<(), TrainError> {
         let theirs = &self.spec;

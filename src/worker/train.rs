@@ -32,6 +32,7 @@ use crate::{
     domain::{
         contract::{Command, Event},
         job::{Failure, FailureKind},
+        memory::MemoryNeeds,
     },
     shutdown::Shutdown,
 };
@@ -304,7 +305,7 @@ impl<'a> Run<'a> {
         match exit {
             Exit::Signal(SIGKILL) if out_of_memory => failed(
                 FailureKind::OutOfMemory,
-                "the kernel killed the trainer for want of memory: use a smaller model or micro_batch_seqs",
+                format!("the kernel killed the trainer for want of memory: {}", MemoryNeeds::of(&self.training.spec)),
             ),
             Exit::Signal(signal) => {
                 failed(FailureKind::Infrastructure, format!("the trainer was ended by signal {signal}"))

@@ -11,6 +11,7 @@ mod jobs;
 mod layers;
 mod lineage;
 mod metrics;
+mod migrations;
 mod openapi;
 mod problems;
 mod queue;

@@ -222,7 +222,7 @@ def test_a_model_that_memory_has_no_room_for_fails_with_what_did_not_fit(data, t
     failure = run.events[-1]
     assert failure["event"] == "failed" and failure["kind"] == "out_of_memory", run.log
     # 1.6 billion parameters of 16 bytes.
-    assert "the full-rank phase holds 24.16 GiB of weights, gradients and moments" in failure["message"]
+    assert "at full rank the run holds 24.16 GiB of weights, gradients and moments" in failure["message"]
     assert "micro-batch of 4 x 17 tokens" in failure["message"]
 
 

@@ -102,7 +102,9 @@ def spec(tokenization):
         "dataset": tokenization["dataset"],
         "tokenization": tokenization["id"],
         "model": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
-        "method": {"type": "relora", "rank": 8, "warm_start_steps": 150, "restart_every_steps": 150},
+        "method": {
+            "type": "relora", "rank": 8, "warm_start_steps": 150, "restart_every_steps": 150, "rank_threshold": 0.001,
+        },
         "schedule": {"num_steps": 600},
         "batch": {"num_seqs": 8, "sequence_length": 64},
         "eval": {"every_steps": 200, "max_tokens": 2000},

@@ -34,6 +34,8 @@ def disturb_and_compare(undisturbed, disturb):
     assert len(claims(service, job_id)) == 2
     assert claims(service, job_id)[1]["data"]["start_step"] > 0, "the second attempt began from nothing"
     assert service.weights(job_id) == weights
+    ranks = {event["data"]["restart"] for event in service.events(job_id) if event["type"] == "ranks"}
+    assert 3 in ranks, "the ranks at the end were not counted"
     metrics = service.get(f"/v1/jobs/{job_id}/metrics?name=loss&limit=1000")["data"]
     assert [metric["step"] for metric in metrics] == list(range(1, 601)), "every step has one loss"
 

@@ -28,6 +28,7 @@ pub enum MethodSpec {
 
 /// The model that `control` trains: the spec's own, but for these sizes.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub struct ControlSpec {
     /// Rank of the low-rank method that this run is compared with.
     pub rank: i64,
@@ -162,7 +163,7 @@ pub enum RestartLr {
 
 /// What a reset does to the Adam state of the factors.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(tag = "type", rename_all = "snake_case")]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum OptimizerReset {
     /// Moments back to zero.
     #[schema(title = "ZeroReset")]

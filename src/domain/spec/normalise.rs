@@ -57,6 +57,10 @@ impl TrainSpecRequest {
         let batch = fill_in_batch(check, &self.batch.clone().unwrap_or_default(), data);
         let model = fill_in_model(check, self.model.as_ref(), data, batch.sequence_length);
         let schedule = self.fill_in_schedule(check);
+        let last_seq = schedule.num_steps.saturating_mul(batch.num_seqs).saturating_add(batch.skip_seqs);
+        if last_seq > MAX_SEQS {
+            check.problem("/schedule/num_steps", format!("makes {last_seq} sequences; a run has {MAX_SEQS} at most"));
+        }
         let method = fill_in_method(check, self.method.as_ref(), &model, &schedule);
         let eval = self.eval.clone().unwrap_or_default();
         let prompts = eval.prompts.unwrap_or_default();

@@ -3,7 +3,7 @@
 use super::{
     ControlSpec, FactorsSpec, Linear, LoraSpec, MethodPreset, MethodSpec, ModelSpec, OptimizerReset, ReloraSpec,
     RestartLr, RestartSchedule, ScheduleSpec,
-    check::{Bounds, Check},
+    check::{Bounds, Check, MAX_STEPS},
     request::{MethodRequest, MethodType, OptimizerResetRequest, OptimizerResetType},
 };
 
@@ -88,7 +88,7 @@ fn fill_in_rank(check: &mut Check, request: &MethodRequest, shapes: impl Iterato
             ),
         );
     }
-    rank
+    rank.clamp(1, (smallest_side - 1).max(1))
 }
 
 fn fill_in_lora(check: &mut Check, request: &MethodRequest, model: &ModelSpec, schedule: &ScheduleSpec) -> LoraSpec {
@@ -132,6 +132,7 @@ fn fill_in_relora(
     }
     let restart_schedule = request.restart_schedule.unwrap_or(RestartSchedule::Jagged);
     let restart_warmup_steps = request.restart_warmup_steps.unwrap_or((reset_every_steps / 10).clamp(1, 100));
+    check.integer("/method/restart_warmup_steps", restart_warmup_steps, 1, MAX_STEPS);
     check_cycle(check, restart_schedule, lora.relora_warmup_steps, restart_warmup_steps, reset_every_steps);
     if let Some(threshold) = request.rank_threshold {
         check.number("/method/rank_threshold", threshold, Bounds::OpenClosed(0.0, 1e6));
@@ -154,13 +155,19 @@ fn fill_in_relora(
 
 /// What the schedules need of their lengths (relora.md 1.8).
 fn check_cycle(check: &mut Check, schedule: RestartSchedule, first_warmup: i64, restart_warmup: i64, cycle: i64) {
-    if schedule != RestartSchedule::Plain && first_warmup > cycle {
-        check.problem("/method/relora_warmup_steps", format!("{first_warmup} is longer than a cycle of {cycle} steps"));
+    let is_too_long = match schedule {
+        RestartSchedule::Jagged => first_warmup > cycle,
+        RestartSchedule::Cyclical => first_warmup >= cycle,
+        RestartSchedule::Plain => false,
+    };
+    if is_too_long {
+        check
+            .problem("/method/relora_warmup_steps", format!("{first_warmup} is too long for a cycle of {cycle} steps"));
     }
-    if schedule == RestartSchedule::Jagged && (restart_warmup < 1 || restart_warmup >= cycle.max(2)) {
+    if schedule == RestartSchedule::Jagged && restart_warmup >= cycle {
         check.problem(
             "/method/restart_warmup_steps",
-            format!("{restart_warmup} is out of range: it must be at least 1 and less than the cycle of {cycle} steps"),
+            format!("{restart_warmup} is not less than the cycle of {cycle} steps"),
         );
     }
 }

@@ -147,6 +147,18 @@ fn a_choice_that_the_method_does_not_have_is_refused_by_name() {
     assert_eq!(pointers(tied), ["/method/train_head"]);
 }
 
+#[test]
+fn names_are_those_of_the_wire() {
+    for linear in Linear::ALL {
+        assert_eq!(serde_json::to_value(linear).unwrap(), linear.name());
+        assert!(linear.path().ends_with(linear.name()));
+    }
+    for method in every_method() {
+        let kind: request::MethodType = serde_json::from_value(method["type"].clone()).unwrap();
+        assert_eq!(kind.name(), method["type"]);
+    }
+}
+
 /// Every example is a spec that the service takes.
 #[test]
 fn the_examples_are_valid_specs() {

@@ -1,19 +1,19 @@
 //! What a valid spec asks for that cannot gain, or is a likely mistake.
 
-use super::{ModelSpec, ReloraSpec, RestartSchedule, TrainSpec};
+use super::{ReloraSpec, RestartSchedule, TrainSpec};
 
 impl TrainSpec {
     pub fn warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();
         if let Some(factors) = self.method.factors() {
-            warnings.extend(rank_warnings(&self.model, factors.rank, factors.target_shapes(&self.model).collect()));
+            warnings.extend(rank_warnings(factors.rank, factors.target_shapes(&self.model).collect()));
         }
         warnings.extend(self.method.relora().and_then(cycle_warning));
         warnings
     }
 }
 
-fn rank_warnings(model: &ModelSpec, rank: i64, shapes: Vec<(i64, i64)>) -> Vec<String> {
+fn rank_warnings(rank: i64, shapes: Vec<(i64, i64)>) -> Vec<String> {
     let mut warnings = Vec::new();
     // Freezing saves 2·in·out FLOPs per token, the factors add 6·r·(in+out) (relora.md 6.4).
     let no_gain = shapes.iter().filter(|&&(o, i)| 3 * rank * (o + i) > o * i).count();
@@ -24,7 +24,9 @@ fn rank_warnings(model: &ModelSpec, rank: i64, shapes: Vec<(i64, i64)>) -> Vec<S
             shapes.len()
         ));
     }
-    if model.num_lora_params(rank) >= model.num_linear_params() {
+    let (in_factors, in_matrices) =
+        shapes.iter().fold((0, 0), |(factors, matrices), (o, i)| (factors + rank * (o + i), matrices + o * i));
+    if in_factors >= in_matrices {
         warnings.push(format!(
             "/method/rank: at rank {rank} the LoRA factors have as many parameters as the matrices they update; \
              expect no gain in memory at this model size"
