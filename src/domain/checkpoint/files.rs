@@ -24,7 +24,8 @@ pub const TAKEN_FILES: &str = "model.safetensors, or model-00001-of-0000N.safete
 
 /// The (number, count) of `model-00001-of-00002.safetensors`.
 fn shard_number(name: &str) -> Option<(u32, u32)> {
-    let number = |digits: &str| (digits.len() == 5).then(|| digits.parse::<u32>().ok()).flatten();
+    let is_number = |text: &str| text.len() == 5 && text.bytes().all(|byte| byte.is_ascii_digit());
+    let number = |text: &str| is_number(text).then(|| text.parse::<u32>().ok()).flatten();
     let (index, count) = name.strip_prefix("model-")?.strip_suffix(".safetensors")?.split_once("-of-")?;
     let (index, count) = (number(index)?, number(count)?);
     (1..=count).contains(&index).then_some((index, count))
