@@ -11,8 +11,8 @@ use tch::{Device, Kind, Tensor};
 use super::{error::TrainError, native, weights::Weights};
 use crate::domain::{
     checkpoint::{
-        CONFIG_FILE, INDEX_FILE, Shard, WeightDtype, check_index, check_set, check_tensors, header_bytes, is_taken,
-        is_weights, model_of_config, read_header,
+        CONFIG_FILE, EMBEDDING, HEAD, INDEX_FILE, Shard, WeightDtype, check_index, check_set, check_tensors,
+        header_bytes, is_taken, is_weights, model_of_config, read_header,
     },
     job::FailureKind,
     problem::Problem,
@@ -79,7 +79,25 @@ pub fn read_weights(folder: &Path, model: &ModelSpec, device: Device) -> Result<
             weights.full_rank.set_by_name(name, &file.tensor(info));
         }
     }
+    if model.tie_word_embeddings {
+        let heads = shards.iter().zip(&files).filter_map(|(shard, file)| Some((shard, file, shard.header.info(HEAD)?)));
+        for (shard, file, info) in heads {
+            refused(check_tied_head(&shard.file, &file.tensor(info), &weights))?;
+        }
+    }
     Ok(weights)
+}
+
+/// A head that is stored beside the embedding that it is tied to must be that embedding: `transformers` would compute
+/// with the head that it finds.
+fn check_tied_head(file: &str, head: &Tensor, weights: &Weights) -> Vec<Problem> {
+    let is_embedding = weights.find(EMBEDDING).is_some_and(|embedding| {
+        embedding.size() == head.size() && embedding.equal(&head.to_device(embedding.device()).to_kind(Kind::Float))
+    });
+    match is_embedding {
+        true => vec![],
+        false => vec![Problem::at(&[file, HEAD], "differs from the embedding, which config.json ties it to")],
+    }
 }
 
 fn refusal(kind: FailureKind, folder: &Path, problems: Vec<Problem>) -> TrainError {
@@ -192,6 +210,23 @@ mod tests {
         let error = error(folder.path(), &spec);
         assert_eq!(error.kind, FailureKind::UserConfig);
         assert!(error.message.contains("/model/num_hidden_layers (2 there), /model/rope_theta"), "{error}");
+    }
+
+    #[test]
+    fn a_tied_head_that_is_another_matrix_is_refused() {
+        let folder = test_support::scratch_dir();
+        let spec = test_support::spec(json!({"model": {"tie_word_embeddings": true}}));
+        let mut tensors = Weights::initial(&spec, Device::Cpu).merged();
+        fs::write(folder.path().join(CONFIG_FILE), layout::model_config(&spec.model, 0).to_string()).unwrap();
+        let embedding = tensors.iter().find(|(name, _)| name == EMBEDDING).expect("an embedding").1.shallow_clone();
+        tensors.push((HEAD.into(), embedding.copy()));
+        tensor_file::write(&folder.path().join(MODEL_FILE), &tensors).unwrap();
+        assert!(read_weights(folder.path(), &spec.model, Device::Cpu).is_ok());
+
+        tensors.last_mut().expect("the head").1 += 1e-3;
+        tensor_file::write(&folder.path().join(MODEL_FILE), &tensors).unwrap();
+        let error = read_weights(folder.path(), &spec.model, Device::Cpu).err().expect("is refused");
+        assert!(error.kind == FailureKind::Data && error.message.contains("lm_head.weight differs"), "{error}");
     }
 
     #[test]

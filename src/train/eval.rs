@@ -63,7 +63,9 @@ pub fn sample(
     }
     let _guard = tch::no_grad_guard();
     let path = dataset.dir.join("tokenizer.json");
-    let tokenizer = Tokenizer::from_file(&path).map_err(|error| TrainError::data(&path, error))?;
+    let mut tokenizer = Tokenizer::from_file(&path).map_err(|error| TrainError::data(&path, error))?;
+    // A checkpoint's tokenizer may have been saved with lengths that its owner trained with.
+    tokenizer.with_padding(None).with_truncation(None).map_err(|error| TrainError::data(&path, error))?;
     let prompts = spec.eval.prompts.iter().enumerate();
     prompts
         .map(|(index, prompt)| {

@@ -77,8 +77,11 @@ pub async fn train(run: LocalRun, shutdown: Shutdown) -> Result<()> {
             folder
         }
     };
-    let spec = read_spec(&run.spec, &data, weights.as_ref().map(|weights| &weights.facts))?;
     let normalised = run.out.join("spec.json");
+    let spec = match (run.resume && weights.is_none()).then(|| begun_with_a_checkpoint(&normalised)).flatten() {
+        Some(spec) => spec,
+        None => read_spec(&run.spec, &data, weights.as_ref().map(|weights| &weights.facts))?,
+    };
     std::fs::write(&normalised, serde_json::to_vec_pretty(&spec)?)?;
     let args = TrainerArgs {
         program: &run.trainer,
@@ -178,6 +181,13 @@ fn read_spec(path: &Path, data: &Path, init: Option<&InitFacts>) -> Result<Train
         Err(more) => problems.extend(more),
     }
     bail!("the spec {} is not valid:\n{}", path.display(), lines(&problems))
+}
+
+/// The stored spec of a run that began with a checkpoint: its state has all that was in there, so that the checkpoint
+/// need not be named again.
+fn begun_with_a_checkpoint(normalised: &Path) -> Option<TrainSpec> {
+    let spec: TrainSpec = serde_json::from_slice(&std::fs::read(normalised).ok()?).ok()?;
+    spec.init_checkpoint.is_some().then_some(spec)
 }
 
 fn newest_state(out: &Path) -> Result<PathBuf> {

@@ -1,6 +1,7 @@
 //! One attempt on a training job, from the staged files to the settled job.
 
 use std::{
+    path::PathBuf,
     pin::{Pin, pin},
     time::Duration,
 };
@@ -82,11 +83,13 @@ async fn attempt(
         Ok(folder) => folder,
         Err(error) => return failed(FailureKind::Infrastructure, format!("{error:#}")),
     };
-    let stage = staging::stage(&agent.pool, &agent.store, &training, folder.path());
-    let staged = match shutdown.run_until(stage).await {
-        Some(Ok(staged)) => staged,
-        Some(Err(error)) => return failed(FailureKind::Storage, format!("could not stage the job's files: {error:#}")),
-        None => return TrainingEnd::Released,
+    let staged = tokio::select! {
+        staged = staging::stage(&agent.pool, &agent.store, &training, folder.path()) => staged,
+        reason = stop_wish(keeper.orders(), shutdown.clone(), left_s(&training)) => return reason.end(&training),
+    };
+    let staged = match staged {
+        Ok(staged) => staged,
+        Err(error) => return failed(FailureKind::Storage, format!("could not stage the job's files: {error:#}")),
     };
     let args = TrainerArgs {
         program: &agent.config.trainer,
@@ -115,6 +118,25 @@ enum StopReason {
     Cancelled,
     Released,
     TimedOut,
+}
+
+impl StopReason {
+    fn end(self, training: &Training) -> TrainingEnd {
+        match self {
+            Self::Cancelled => TrainingEnd::Cancelled,
+            Self::Released => TrainingEnd::Released,
+            Self::TimedOut => {
+                let limit_s = training.spec.max_runtime_s.unwrap_or(0);
+                let message = format!("the job ran for its max_runtime_s of {limit_s} s; its state is kept");
+                failed(FailureKind::Timeout, message)
+            }
+        }
+    }
+}
+
+/// What is left of the job's time, if that is limited.
+fn left_s(training: &Training) -> Option<f64> {
+    training.spec.max_runtime_s.map(|max_s| (max_s as f64 - training.runtime_s).max(0.0))
 }
 
 /// A wish to stop, and until when the trainer and its files may take for that.
@@ -158,6 +180,8 @@ struct Run<'a> {
     agent: &'a Agent,
     training: Training,
     trainer: Trainer,
+    /// The checkpoint that the run begins with, until it is read.
+    weights: Option<PathBuf>,
     reports: Option<mpsc::UnboundedSender<Report>>,
     nodes: Option<mpsc::UnboundedSender<FinishedNode>>,
     reporting: AbortOnDropHandle<Result<()>>,
@@ -190,6 +214,7 @@ impl<'a> Run<'a> {
             reporting: AbortOnDropHandle::new(reporting),
             uploading: AbortOnDropHandle::new(tokio::spawn(uploader.run(finished_nodes).in_current_span())),
             log_shipper,
+            weights: staged.weights,
             stop: None,
             last_event: None,
             oom_kills_before: oom_kills(),
@@ -201,8 +226,7 @@ impl<'a> Run<'a> {
 
     /// Follows the trainer to its end, then waits until everything that it made is stored.
     async fn supervise(mut self, keeper: &LeaseKeeper, shutdown: &Shutdown) -> TrainingEnd {
-        let left_s = self.training.spec.max_runtime_s.map(|max_s| (max_s as f64 - self.training.runtime_s).max(0.0));
-        let mut wish = pin!(stop_wish(keeper.orders(), shutdown.clone(), left_s));
+        let mut wish = pin!(stop_wish(keeper.orders(), shutdown.clone(), left_s(&self.training)));
         let broken = loop {
             tokio::select! {
                 event = self.trainer.next_event() => match event {
@@ -233,7 +257,13 @@ impl<'a> Run<'a> {
 
     fn take(&mut self, event: Event) {
         let report = match event {
-            Event::Ready { fingerprint, .. } => Report::Ready(fingerprint),
+            Event::Ready { fingerprint, .. } => {
+                // The trainer has read them.
+                if let Some(weights) = self.weights.take() {
+                    tokio::spawn(async move { tokio::fs::remove_dir_all(weights).await });
+                }
+                Report::Ready(fingerprint)
+            }
             Event::Step(step) => Report::Step(step),
             Event::Eval { step, loss, perplexity, num_tokens } => Report::Eval { step, loss, perplexity, num_tokens },
             Event::OptimizerReset { step, reset, cleared_frac } => Report::OptimizerReset { step, reset, cleared_frac },
@@ -286,15 +316,7 @@ impl<'a> Run<'a> {
         match (&self.last_event, self.stop.map(|stop| stop.reason)) {
             (Some(Event::Done { .. }), _) if everything_stored => TrainingEnd::Succeeded,
             (Some(Event::Failed { kind, message }), _) => failed(*kind, message),
-            (_, Some(StopReason::Cancelled)) => TrainingEnd::Cancelled,
-            (_, Some(StopReason::Released)) => TrainingEnd::Released,
-            (_, Some(StopReason::TimedOut)) => {
-                let limit_s = self.training.spec.max_runtime_s.unwrap_or(0);
-                failed(
-                    FailureKind::Timeout,
-                    format!("the job ran for its max_runtime_s of {limit_s} s; its state is kept"),
-                )
-            }
+            (_, Some(reason)) => reason.end(&self.training),
             (_, None) => self.crash(exit),
         }
     }

@@ -44,6 +44,25 @@ def test_a_killed_trainer_is_followed_by_another_that_goes_on(undisturbed):
     disturb_and_compare(undisturbed, lambda service: os.kill(service.trainer_pid(), signal.SIGKILL))
 
 
+def test_a_job_that_begins_with_a_checkpoint_goes_on_from_its_state(undisturbed):
+    """Killed before its first state it begins with the checkpoint again, killed after it it needs it no more."""
+    service, tokenization, _ = undisturbed
+    checkpoint = service.get("/v1/checkpoints")["data"][0]["id"]
+    changes = {"model": None, "init_checkpoint": checkpoint, "schedule": {"num_steps": 600, "warmup_steps": 10}}
+    first = service.submit(tokenization, **changes)
+    assert service.wait_for_end(first)["state"] == "succeeded"
+    second = service.submit(tokenization, **changes)
+    service.wait(second, lambda job: job["state"] == "running")
+    os.kill(service.trainer_pid(), signal.SIGKILL)
+    service.wait_for_state(second, after_step=0)
+    os.kill(service.trainer_pid(), signal.SIGKILL)
+    assert service.wait_for_end(second)["state"] == "succeeded"
+    starts = [claim["data"]["start_step"] for claim in claims(service, second)]
+    assert len(starts) == 3 and starts[:2] == [0, 0] and starts[2] > 0
+    assert service.weights(second) == service.weights(first)
+    assert [base["parent"] for base in service.nodes("bases", second)] == [checkpoint]
+
+
 def test_a_killed_server_with_its_worker_is_clean_at_the_next_start(undisturbed):
     def kill_and_start(service):
         service.kill()
