@@ -19,7 +19,7 @@ use futures_util::FutureExt;
 use tracing::Instrument;
 use utoipa::{
     ToSchema,
-    openapi::schema::{Array, KnownFormat, ObjectBuilder, SchemaFormat, Type},
+    openapi::schema::{Array, ArrayBuilder, KnownFormat, ObjectBuilder, SchemaFormat, Type},
 };
 
 use super::{
@@ -51,18 +51,18 @@ pub struct ImportCheckpointRequest {
     /// What to call it: 1 to 200 characters.
     #[schema(min_length = 1, max_length = 200)]
     name: Option<String>,
-    /// Each part has a file name: `model.safetensors`, or `model-00001-of-0000N.safetensors` and so on with
-    /// `model.safetensors.index.json`; `config.json`; and, where there are any, `generation_config.json`,
-    /// `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`.
     #[schema(schema_with = files_schema, required)]
     file: Vec<Bytes>,
 }
 
 /// Files as generators of clients know them; bytes by themselves would be lists of numbers.
 fn files_schema() -> Array {
+    let description = "Each part has a file name: `model.safetensors`, or `model-00001-of-0000N.safetensors` and so on \
+        with `model.safetensors.index.json`; `config.json`; and, where there are any, `generation_config.json`, \
+        `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`.";
     let file =
         ObjectBuilder::new().schema_type(Type::String).format(Some(SchemaFormat::KnownFormat(KnownFormat::Binary)));
-    Array::new(file)
+    ArrayBuilder::new().items(file).description(Some(description)).build()
 }
 
 /// Import a checkpoint
