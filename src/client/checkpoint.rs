@@ -1,8 +1,13 @@
 //! `relora checkpoint …`: what every kind of node has, and the import of checkpoints from outside.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    io::{self, Read as _},
+    path::{Path, PathBuf},
+};
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
+use bytes::Bytes;
 use clap::Subcommand;
 use futures_util::StreamExt as _;
 use indicatif::ProgressBar;
@@ -18,7 +23,7 @@ use super::{
     node, print,
     upload::{PIECE_BYTES, progress_bar},
 };
-use crate::domain::checkpoint::{TAKEN_FILES, is_taken};
+use crate::domain::checkpoint::{CONFIG_FILE, Excerpt, TAKEN_FILES, is_taken, is_weights, max_bytes, too_large};
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -53,6 +58,8 @@ struct Source {
 
 async fn import(http: &Http, folder: &Path, name: Option<String>, json: bool) -> anyhow::Result<()> {
     let files = find_files(folder)?;
+    let files = tokio::task::spawn_blocking(|| check(&files).map(|()| files)).await?;
+    let files = files.with_context(|| format!("{} cannot be imported", folder.display()))?;
     let bar = progress_bar(files.iter().map(|file| file.size_bytes).sum());
     let mut form = Form::new();
     if let Some(name) = name.or_else(|| Some(folder.canonicalize().ok()?.file_name()?.to_string_lossy().into_owned())) {
@@ -73,21 +80,53 @@ async fn import(http: &Http, folder: &Path, name: Option<String>, json: bool) ->
 /// What the server takes of a folder; the rest is named and left out.
 fn find_files(folder: &Path) -> anyhow::Result<Vec<Source>> {
     let mut files = Vec::new();
-    for entry in std::fs::read_dir(folder).with_context(|| format!("read the folder {}", folder.display()))? {
+    for entry in fs::read_dir(folder).with_context(|| format!("read the folder {}", folder.display()))? {
         let entry = entry.with_context(|| format!("read the folder {}", folder.display()))?;
         let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
-        // Caches of downloads hold links.
-        let metadata = std::fs::metadata(&path).with_context(|| format!("read {}", path.display()))?;
-        if metadata.is_file() && is_taken(&name) {
-            files.push(Source { path, name, size_bytes: metadata.len() });
-        } else {
+        if !is_taken(&name) {
             eprintln!("left out: {}", path.display());
+            continue;
         }
+        // Caches of downloads hold links.
+        let metadata = fs::metadata(&path).with_context(|| format!("read {}", path.display()))?;
+        ensure!(metadata.is_file(), "{} is no file; a checkpoint's file has this name", path.display());
+        files.push(Source { path, name, size_bytes: metadata.len() });
     }
     ensure!(!files.is_empty(), "{} holds no file of a checkpoint: {TAKEN_FILES}", folder.display());
-    // Small files first: what is wrong with them is known without the weights.
-    files.sort_by(|a, b| (a.size_bytes, &a.name).cmp(&(b.size_bytes, &b.name)));
+    // The server does not wait for the weights of a model that it refuses, whose configuration came before them.
+    files.sort_by_key(|file| (is_weights(&file.name), file.name != CONFIG_FILE, file.name.clone()));
     Ok(files)
+}
+
+/// What the server would refuse is refused before anything is sent.
+fn check(files: &[Source]) -> anyhow::Result<()> {
+    let mut excerpt = Excerpt::default();
+    for file in files {
+        add(&mut excerpt, file).with_context(|| format!("read {}", file.path.display()))?;
+    }
+    let Err(problems) = excerpt.check() else { return Ok(()) };
+    let lines: Vec<_> = problems.iter().map(|problem| format!("  {}: {}", problem.pointer, problem.message)).collect();
+    bail!("the server would not take it, nothing was sent\n{}", lines.join("\n"))
+}
+
+fn add(excerpt: &mut Excerpt, file: &Source) -> io::Result<()> {
+    match max_bytes(&file.name) {
+        Some(limit_bytes) if file.size_bytes > limit_bytes => {
+            excerpt.add_problem(&file.name, too_large(&file.name, limit_bytes));
+        }
+        Some(_) => excerpt.add_small_file(&file.name, fs::read(&file.path)?.into()),
+        None => {
+            let mut source = fs::File::open(&file.path)?;
+            let mut prefix = Vec::new();
+            source.by_ref().take(8).read_to_end(&mut prefix)?;
+            if let Some(range) = excerpt.header_range(&file.name, &prefix, file.size_bytes) {
+                let mut header = Vec::new();
+                source.take(range.end - range.start).read_to_end(&mut header)?;
+                excerpt.add_header(&file.name, Bytes::from(header), file.size_bytes);
+            }
+        }
+    }
+    Ok(())
 }
 
 async fn part(file: Source, bar: &ProgressBar) -> anyhow::Result<Part> {

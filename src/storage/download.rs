@@ -63,17 +63,29 @@ impl Store {
         self.read(key, object).await
     }
 
-    /// Reads a small range of an object into memory (the end is not part of it).
+    /// Reads a small range of an object into memory (the end is not part of it). A store that gives more or less, such
+    /// as the whole object, is refused.
     pub async fn get_range_bytes(&self, key: &Key, range: Range<u64>) -> Result<Bytes> {
-        let object = self.get(key, Some(range)).await?;
+        let wanted_bytes = range.end.saturating_sub(range.start);
+        let object = self.get(key, Some(range.clone())).await?;
+        if object.len_bytes != wanted_bytes {
+            let reason = format!("the store gives {} bytes of it for the range {range:?}", object.len_bytes);
+            return Err(StorageError::Damaged { key: key.clone(), reason });
+        }
         self.read(key, object).await
     }
 
     async fn read(&self, key: &Key, object: ObjectStream) -> Result<Bytes> {
         let mut bytes = BytesMut::new();
+        let len_bytes = object.len_bytes;
         let mut stream = std::pin::pin!(object.into_stream());
         while let Some(chunk) = stream.next().await {
-            bytes.extend_from_slice(&chunk.map_err(|error| self.failure("get", key, error.into()))?);
+            let chunk = chunk.map_err(|error| self.failure("get", key, error.into()))?;
+            if (bytes.len() + chunk.len()) as u64 > len_bytes {
+                let reason = format!("the store gives more than the {len_bytes} bytes that it announced");
+                return Err(StorageError::Damaged { key: key.clone(), reason });
+            }
+            bytes.extend_from_slice(&chunk);
         }
         Ok(bytes.freeze())
     }

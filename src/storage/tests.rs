@@ -92,6 +92,11 @@ async fn forty_megabytes_come_back_as_they_went_in_ranges_and_as_a_file() {
         assert_eq!(read(&f.store, &key, Some(range.clone())).await, bytes[range.start as usize..range.end as usize]);
     }
 
+    assert_eq!(f.store.get_range_bytes(&key, 5..9).await.unwrap(), bytes[5..9]);
+    let beyond_the_end = bytes.len() as u64 - 1..bytes.len() as u64 + 1;
+    let error = f.store.get_range_bytes(&key, beyond_the_end).await.unwrap_err();
+    assert!(matches!(error, StorageError::Damaged { .. }), "{error}");
+
     let uploaded = Uploaded { bytes: bytes.len() as u64, sha256: sha256(&bytes) };
     f.store.download_to(&key, &f.path("copy"), &uploaded).await.unwrap();
     assert!(std::fs::read(f.path("copy")).unwrap() == bytes);

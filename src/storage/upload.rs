@@ -95,9 +95,12 @@ impl Store {
         S: Stream<Item = io::Result<Bytes>> + Unpin,
     {
         let upload = self.open_upload(key).await?;
-        match self.send_parts(&upload, first, parts, len_bytes).await {
+        let mut sending = JoinSet::new();
+        match self.send_parts(&upload, first, parts, len_bytes, &mut sending).await {
             Ok(completed) => self.complete(upload, completed, parts.bytes).await,
             Err(error) => {
+                // A part that arrives after the abort would stay in the store.
+                while sending.join_next().await.is_some() {}
                 upload.abort().await;
                 Err(error)
             }
@@ -121,11 +124,11 @@ impl Store {
         first: Bytes,
         parts: &mut Parts<S>,
         len_bytes: Option<u64>,
+        sending: &mut JoinSet<Result<CompletedPart>>,
     ) -> Result<Vec<CompletedPart>>
     where
         S: Stream<Item = io::Result<Bytes>> + Unpin,
     {
-        let mut sending = JoinSet::new();
         let mut completed = Vec::new();
         let mut part = first;
         let mut number = 1;
@@ -134,13 +137,13 @@ impl Store {
                 return Err(self.failure("upload", &upload.key, "it has more parts than a store takes".into()));
             }
             if sending.len() == MAX_PARTS_IN_FLIGHT {
-                completed.extend(self.next_sent(&mut sending, &upload.key).await?);
+                completed.extend(self.next_sent(sending, &upload.key).await?);
             }
             sending.spawn(send_part(self.clone(), upload.key.clone(), upload.id.clone(), number, part));
             number += 1;
             part = parts.next(part_bytes(number, len_bytes)).await.map_err(local("read the body of", &upload.key))?;
         }
-        while let Some(part) = self.next_sent(&mut sending, &upload.key).await? {
+        while let Some(part) = self.next_sent(sending, &upload.key).await? {
             completed.push(part);
         }
         completed.sort_by_key(|part| part.part_number());

@@ -125,15 +125,25 @@ impl TestApp {
         self.client.request(method, self.url(path))
     }
 
-    /// Every object in the store, by the end of its path on the disk.
+    /// Every object in the store, by its path on the disk.
     pub fn stored_objects(&self) -> Vec<String> {
+        self.stored_files().into_iter().filter(|path| path.contains("/i/") || path.contains("/d/")).collect()
+    }
+
+    /// What belongs to multipart uploads that are neither completed nor aborted.
+    pub fn open_uploads(&self) -> Vec<String> {
+        self.stored_files().into_iter().filter(|path| path.contains("/.upload")).collect()
+    }
+
+    fn stored_files(&self) -> Vec<String> {
         fn files(folder: &std::path::Path) -> Vec<String> {
-            let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+            // A file may go while its folder is read.
+            let entries = std::fs::read_dir(folder).into_iter().flatten().map(|entry| entry.unwrap().path());
             entries
                 .flat_map(|path| if path.is_dir() { files(&path) } else { vec![path.display().to_string()] })
                 .collect()
         }
-        files(self._folder.path()).into_iter().filter(|path| path.contains("/i/") || path.contains("/d/")).collect()
+        files(self._folder.path())
     }
 
     pub async fn get(&self, path: &str) -> Answer {

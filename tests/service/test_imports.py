@@ -1,6 +1,8 @@
 """Continuing from a checkpoint that `transformers` wrote: imported, tokenized for, trained from, and loaded again."""
 
+import hashlib
 import json
+import struct
 import subprocess
 import urllib.request
 import uuid
@@ -164,7 +166,12 @@ def test_the_tokens_are_those_of_the_checkpoints_tokenizer(service, tmp_path):
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     want = tokenizer(TEXT, add_special_tokens=False, truncation=False).input_ids + [tokenizer.eos_token_id]
-    assert tokenization["train_tokens"] + tokenization["valid_tokens"] == len(want)
+    files = {file["name"]: file for file in tokenization["files"]}
+    num_train = tokenization["train_tokens"]
+    for name, ids in [("train.bin", want[:num_train]), ("valid.bin", want[num_train:])]:
+        content = struct.pack(f"<{len(ids)}H", *ids)
+        assert files[name]["size_bytes"] == len(content)
+        assert files[name]["sha256"] == hashlib.sha256(content).hexdigest(), name
     assert tokenization["tokenizer_vocab_size"] == len(tokenizer)
 
 
@@ -187,17 +194,18 @@ def test_a_lineage_goes_on_from_job_to_job(service, tmp_path):
     assert 'import "mine"' in shown.stdout and "model.safetensors.index.json" in shown.stdout
 
 
-def test_the_client_leaves_out_what_is_not_taken_and_shows_every_problem(service, tmp_path):
+def test_the_client_leaves_out_what_is_not_taken_and_shows_every_problem_before_it_sends(service, tmp_path):
     folder = write_checkpoint(tmp_path / "imported")
     before = service.get("/v1/checkpoints")["data"]
     (folder / "README.md").write_text("mine")
+    (folder / "dangling").symlink_to("nowhere")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu", "vocab_size": 299}))
     refused = subprocess.run(
         [RELORA, "checkpoint", "import", folder], env=service.env, stderr=subprocess.PIPE, text=True, timeout=60
     )
     assert refused.returncode == 1
-    for said in ("README.md", "invalid_checkpoint", "/config.json/hidden_act", "/tokenizer.json"):
+    for said in ("README.md", "dangling", "nothing was sent", "/config.json/hidden_act", "/tokenizer.json"):
         assert said in refused.stderr, refused.stderr
     assert service.get("/v1/checkpoints")["data"] == before
 

@@ -1,127 +1,58 @@
 //! Looks at the stored files of an import: small ones as a whole, of weights the headers alone.
 
-use std::collections::BTreeSet;
-
 use bytes::Bytes;
-use serde_json::Value;
-use tokenizers::Tokenizer;
+use tokio::sync::Semaphore;
 
 use crate::{
     api::error::{ApiError, ApiResult},
     db::nodes::StoredFile,
     domain::{
-        checkpoint::{
-            CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, MAX_PROBLEMS, SPECIAL_TOKENS_FILE, Shard, check_index,
-            check_set, check_tensors, header_bytes, is_weights, max_bytes, read_config, read_header,
-        },
-        data::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE},
+        checkpoint::{Excerpt, check_config, max_bytes},
         problem::Problem,
         spec::ModelSpec,
     },
     storage::{Key, Store},
 };
 
+/// Checks at a time: each may hold a large tokenizer in memory, and keep a core busy for seconds.
+static CHECKS: Semaphore = Semaphore::const_new(2);
+
 /// The model of a checkpoint that can be continued from; else every problem with its files.
 pub async fn check(store: &Store, files: &[StoredFile]) -> ApiResult<ModelSpec> {
-    let mut problems = check_set(&files.iter().map(|file| file.name.as_str()).collect::<BTreeSet<_>>());
-    let is_complete = problems.is_empty();
-    let json = read_json(store, files, &mut problems).await?;
-    let find = |name: &str| json.iter().find(|(known, _)| known == name).map(|(_, json)| json.clone());
-
-    let model = find(CONFIG_FILE).and_then(|config| {
-        let (model, more) = read_config(config);
-        problems.extend(more.into_iter().map(|problem| problem.within(CONFIG_FILE)));
-        model
+    let permit = CHECKS.acquire().await.map_err(|_| ApiError::Stopping)?;
+    let excerpt = read(store, files).await?;
+    // The permit goes along: a blocking task runs on when its import has ended.
+    let checked = tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        excerpt.check()
     });
-    if let Some(shards) = read_headers(store, files, &mut problems).await?.filter(|_| is_complete) {
-        problems.extend(model.iter().flat_map(|model| check_tensors(model, &shards)));
-        problems.extend(find(INDEX_FILE).into_iter().flat_map(|index| check_index(index, &shards)));
-    }
-    if let Some(file) = files.iter().find(|file| file.name == TOKENIZER_FILE) {
-        let content = read_whole(store, file).await?;
-        let vocab_size = model.as_ref().map(|model| model.vocab_size);
-        // Seconds of work for a large vocabulary.
-        let checked = tokio::task::spawn_blocking(move || check_tokenizer(&content, vocab_size)).await;
-        let problem = checked.unwrap_or_else(|_| Some("cannot be read by the tokenizers library".into()));
-        problems.extend(problem.map(|message| Problem::at(&[TOKENIZER_FILE], message)));
-    }
-    match model {
-        Some(model) if problems.is_empty() => Ok(model),
-        _ => {
-            problems.truncate(MAX_PROBLEMS);
-            Err(ApiError::InvalidCheckpoint(problems))
-        }
-    }
+    checked
+        .await
+        .map_err(|error| ApiError::Internal(format!("the check's task ended: {error}")))?
+        .map_err(ApiError::InvalidCheckpoint)
 }
 
-/// The JSON files, apart from the tokenizer, which has a reader of its own.
-async fn read_json(
-    store: &Store,
-    files: &[StoredFile],
-    problems: &mut Vec<Problem>,
-) -> ApiResult<Vec<(String, Value)>> {
-    const NAMES: [&str; 5] =
-        [CONFIG_FILE, INDEX_FILE, GENERATION_CONFIG_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE];
-    let mut read = Vec::new();
-    for file in files.iter().filter(|file| NAMES.contains(&file.name.as_str())) {
-        match serde_json::from_slice::<Value>(&read_whole(store, file).await?) {
-            Ok(json) if json.is_object() => read.push((file.name.clone(), json)),
-            Ok(_) => problems.push(Problem::at(&[&file.name], "is no JSON object")),
-            Err(error) => problems.push(Problem::at(&[&file.name], format!("is not JSON: {error}"))),
-        }
-    }
-    Ok(read)
+/// What is wrong with a stored `config.json`.
+pub async fn problems_of_config(store: &Store, file: &StoredFile) -> ApiResult<Vec<Problem>> {
+    Ok(check_config(&read_whole(store, file).await?).1)
 }
 
-/// The headers of all weight files; `None` if one cannot be used, which is then among the problems.
-async fn read_headers(
-    store: &Store,
-    files: &[StoredFile],
-    problems: &mut Vec<Problem>,
-) -> ApiResult<Option<Vec<Shard>>> {
-    let mut shards = Vec::new();
-    let mut are_whole = true;
-    for file in files.iter().filter(|file| is_weights(&file.name)) {
-        let file_bytes = file.size_bytes.unsigned_abs();
-        let prefix = read_range(store, file, 0, file_bytes.min(8)).await?;
-        let header = match header_bytes(&prefix, file_bytes) {
-            Ok(header_bytes) => {
-                let header = read_range(store, file, 8, header_bytes).await?;
-                read_header(&header, file_bytes)
-            }
-            Err(reason) => Err(reason),
-        };
-        match header {
-            Ok(header) => shards.push(Shard { file: file.name.clone(), header }),
-            Err(reason) => {
-                are_whole = false;
-                problems.push(Problem::at(&[&file.name], reason));
-            }
+async fn read(store: &Store, files: &[StoredFile]) -> ApiResult<Excerpt> {
+    let mut excerpt = Excerpt::default();
+    for file in files {
+        if max_bytes(&file.name).is_some() {
+            excerpt.add_small_file(&file.name, read_whole(store, file).await?);
+            continue;
+        }
+        let (key, file_bytes) = (Key::from(file.object_key.clone()), file.size_bytes.unsigned_abs());
+        let prefix = store.get_range_bytes(&key, 0..file_bytes.min(8)).await?;
+        if let Some(range) = excerpt.header_range(&file.name, &prefix, file_bytes) {
+            excerpt.add_header(&file.name, store.get_range_bytes(&key, range).await?, file_bytes);
         }
     }
-    Ok(are_whole.then_some(shards))
+    Ok(excerpt)
 }
 
 async fn read_whole(store: &Store, file: &StoredFile) -> ApiResult<Bytes> {
     Ok(store.get_bytes(&Key::from(file.object_key.clone()), max_bytes(&file.name).unwrap_or(0)).await?)
-}
-
-async fn read_range(store: &Store, file: &StoredFile, start: u64, len_bytes: u64) -> ApiResult<Bytes> {
-    let key = Key::from(file.object_key.clone());
-    Ok(store.get_range_bytes(&key, start..start + len_bytes).await?)
-}
-
-fn check_tokenizer(content: &[u8], vocab_size: Option<i64>) -> Option<String> {
-    let tokenizer = match Tokenizer::from_bytes(content) {
-        Ok(tokenizer) => tokenizer,
-        Err(error) => return Some(format!("cannot be read by the tokenizers library: {error}")),
-    };
-    let last_id = tokenizer.get_vocab(true).values().copied().max().map(i64::from);
-    match (last_id, vocab_size) {
-        (None, _) => Some("has no tokens".into()),
-        (Some(last_id), Some(vocab_size)) if last_id >= vocab_size => {
-            Some(format!("has tokens up to the id {last_id}; the vocab_size in config.json is {vocab_size}"))
-        }
-        _ => None,
-    }
 }

@@ -17,7 +17,10 @@ use axum::{
 use bytes::Bytes;
 use futures_util::FutureExt;
 use tracing::Instrument;
-use utoipa::ToSchema;
+use utoipa::{
+    ToSchema,
+    openapi::schema::{Array, ArrayBuilder, KnownFormat, ObjectBuilder, SchemaFormat, Type},
+};
 
 use super::{
     AppState,
@@ -48,18 +51,26 @@ pub struct ImportCheckpointRequest {
     /// What to call it: 1 to 200 characters.
     #[schema(min_length = 1, max_length = 200)]
     name: Option<String>,
-    /// Each part has a file name: `model.safetensors`, or `model-00001-of-0000N.safetensors` and so on with
-    /// `model.safetensors.index.json`; `config.json`; and, where there are any, `generation_config.json`,
-    /// `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`.
-    #[schema(value_type = Vec<Vec<u8>>, required)]
+    #[schema(schema_with = files_schema, required)]
     file: Vec<Bytes>,
+}
+
+/// Files as generators of clients know them; bytes by themselves would be lists of numbers.
+fn files_schema() -> Array {
+    let description = "Each part has a file name: `model.safetensors`, or `model-00001-of-0000N.safetensors` and so on \
+        with `model.safetensors.index.json`; `config.json`; and, where there are any, `generation_config.json`, \
+        `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`.";
+    let file =
+        ObjectBuilder::new().schema_type(Type::String).format(Some(SchemaFormat::KnownFormat(KnownFormat::Binary)));
+    ArrayBuilder::new().items(file).description(Some(description)).build()
 }
 
 /// Import a checkpoint
 ///
 /// A LLaMA model in the `transformers` layout, as the root of a new lineage. Its files are checked before it is there:
 /// that the configuration is one that is computed exactly, that every tensor is there with its shape, and that no file
-/// is cut short. Every problem is reported at once, and nothing is kept then.
+/// is cut short. Every problem is reported at once, and nothing is kept then. Send `config.json` before the weights: when
+/// its model cannot be taken, the weights are not waited for.
 #[utoipa::path(post, path = "/v1/checkpoints", tag = "checkpoints",
     request_body(content = ImportCheckpointRequest, content_type = "multipart/form-data"),
     responses((status = 201, description = "The checkpoint, stored and checked", body = Node),
@@ -72,9 +83,9 @@ pub async fn import_checkpoint(
 ) -> ApiResult<(StatusCode, Json<Node>)> {
     let boundary =
         boundary(&headers).ok_or(ApiError::UnsupportedMediaType("multipart/form-data, with its boundary"))?;
-    body::check_length(&state, &headers)?;
+    let len_bytes = body::check_length(&state, &headers)?.map(i64::unsigned_abs);
 
-    let import = Import { id: NodeId::new(), project: caller.project.clone(), boundary };
+    let import = Import { id: NodeId::new(), project: caller.project.clone(), boundary, len_bytes };
     let id = import.id.clone();
     let task = tokio::spawn(carry_out(state.clone(), import, body).in_current_span());
     task.await.map_err(|error| ApiError::Internal(format!("the import's task ended: {error}")))??;
@@ -89,6 +100,8 @@ struct Import {
     id: NodeId,
     project: ProjectId,
     boundary: String,
+    /// Of the whole form, if the client says so: no file is longer.
+    len_bytes: Option<u64>,
 }
 
 /// Receives, checks and enters a checkpoint; whatever fails, nothing of it stays.

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use futures_util::Stream;
 use multer::{Field, Multipart};
 
-use super::Import;
+use super::{Import, check::problems_of_config};
 use crate::{
     api::{
         AppState,
@@ -16,7 +16,7 @@ use crate::{
     },
     db::nodes::StoredFile,
     domain::{
-        checkpoint::{MAX_PROBLEMS, TAKEN_FILES, is_taken, max_bytes},
+        checkpoint::{CONFIG_FILE, MAX_FILES, MAX_PROBLEMS, TAKEN_FILES, is_taken, is_weights, max_bytes, too_large},
         problem::Problem,
     },
     storage::Key,
@@ -37,11 +37,13 @@ pub struct Received {
     /// Every object that may be in the store, also of a file that was not stored to its end.
     pub object_keys: Vec<String>,
     pub problems: Vec<Problem>,
+    /// Those of a configuration that has come. Until weights come they wait for those of the other small files.
+    config_problems: Vec<Problem>,
     names: BTreeSet<String>,
 }
 
 /// Reads the body to its end. Once something is wrong, nothing more is stored, and the rest only looked through for
-/// what is wrong too.
+/// what is wrong too; but weights of a model that is refused are not waited for.
 pub async fn receive(
     state: &AppState,
     import: &Import,
@@ -56,6 +58,9 @@ pub async fn receive(
         allowance.lift();
         match (part.file_name().map(str::to_owned), part.name()) {
             (Some(file), _) => {
+                if is_weights(&file) && received.has_refused_config() {
+                    return Ok(());
+                }
                 received.check_file_name(&file);
                 if received.problems.is_empty() {
                     received.store(state, import, file, &mut part).await?;
@@ -78,7 +83,7 @@ fn malformed(error: multer::Error) -> ApiError {
 impl Received {
     fn problem(&mut self, problem: Problem) {
         if self.problems.len() < MAX_PROBLEMS {
-            self.problems.push(problem);
+            self.problems.push(problem.shortened());
         }
     }
 
@@ -87,7 +92,17 @@ impl Received {
             self.problem(Problem::at(&[file], format!("is not taken; taken are {TAKEN_FILES}")));
         } else if !self.names.insert(file.to_owned()) {
             self.problem(Problem::at(&[file], "is there twice"));
+        } else if self.names.len() > MAX_FILES {
+            self.problem(Problem::at(&[file], format!("is one file too many; {MAX_FILES} are taken")));
         }
+    }
+
+    /// Whether the configuration was refused, which is then among the problems.
+    fn has_refused_config(&mut self) -> bool {
+        let problems = std::mem::take(&mut self.config_problems);
+        let is_refused = !problems.is_empty();
+        problems.into_iter().for_each(|problem| self.problem(problem));
+        is_refused
     }
 
     /// Stores one file. One that is read whole later has a limit of its own.
@@ -96,25 +111,26 @@ impl Received {
         self.object_keys.push(key.to_string());
         let mut failure = None;
         let limit_bytes = max_bytes(&file).unwrap_or(u64::MAX);
-        let stored = state.store.upload(&key, chunks(part, limit_bytes, &mut failure), None).await;
+        let stored = state.store.upload(&key, chunks(part, limit_bytes, &mut failure), import.len_bytes).await;
         match failure {
             Some(PartError::Malformed(error)) => return Err(malformed(error)),
             Some(PartError::TooLarge) => {
-                self.problem(Problem::at(
-                    &[&file],
-                    format!("has more than the {limit_bytes} bytes that are taken of it"),
-                ));
+                self.problem(too_large(&file, limit_bytes));
                 return Ok(());
             }
             None => {}
         }
         let stored = stored?;
-        self.files.push(StoredFile {
+        let file = StoredFile {
             name: file,
             object_key: key.to_string(),
             size_bytes: stored.bytes.cast_signed(),
             sha256: stored.sha256,
-        });
+        };
+        if file.name == CONFIG_FILE {
+            self.config_problems = problems_of_config(&state.store, &file).await?;
+        }
+        self.files.push(file);
         Ok(())
     }
 

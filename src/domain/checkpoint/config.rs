@@ -37,6 +37,7 @@ struct Config {
     mlp_bias: Option<bool>,
     pretraining_tp: Option<i64>,
     rope_theta: Option<f64>,
+    partial_rotary_factor: Option<f64>,
     rope_scaling: Option<Rope>,
     /// Where `transformers` 5 keeps both of the above.
     rope_parameters: Option<Rope>,
@@ -103,6 +104,13 @@ impl Config {
         for (pointer, rope) in [("/rope_scaling", &self.rope_scaling), ("/rope_parameters", &self.rope_parameters)] {
             rope.iter().for_each(|rope| rope.refuse_scaling(check, pointer));
         }
+        refuse_partial_rotation(check, "", self.partial_rotary_factor);
+        if let (Some(scaling), Some(parameters)) = (&self.rope_scaling, &self.rope_parameters)
+            && scaling.contradicts(parameters)
+        {
+            check.problem("/rope_scaling", "has another type or rope_theta than rope_parameters: leave one out");
+            check.problem("/rope_parameters", "has another type or rope_theta than rope_scaling: leave one out");
+        }
     }
 
     fn model(&self, check: &mut Check) -> ModelSpec {
@@ -168,23 +176,32 @@ impl Config {
 }
 
 impl Rope {
+    /// Every type that it gives, by either name.
+    fn kinds(&self) -> impl Iterator<Item = &str> {
+        [&self.rope_type, &self.kind].into_iter().flatten().map(String::as_str)
+    }
+
     fn refuse_scaling(&self, check: &mut Check, pointer: &str) {
-        match self.rope_type.as_ref().or(self.kind.as_ref()) {
-            Some(kind) if kind != "default" => {
-                check.problem(
-                    pointer,
-                    format!("is of the type {kind}; only unscaled rotary embeddings are computed here"),
-                );
-            }
-            None if self.factor.is_some() => check.problem(pointer, "has a factor and no type"),
-            _ => {}
+        if let Some(kind) = self.kinds().find(|&kind| kind != "default") {
+            let message = format!("is of the type {kind}; only unscaled rotary embeddings are computed here");
+            check.problem(pointer, message);
+        } else if self.kinds().next().is_none() && self.factor.is_some() {
+            check.problem(pointer, "has a factor and no type");
         }
-        if let Some(frac) = self.partial_rotary_factor.filter(|&frac| frac != 1.0) {
-            check.problem(
-                format!("{pointer}/partial_rotary_factor"),
-                format!("is {frac}; only heads that are rotated as a whole are computed here, 1"),
-            );
-        }
+        refuse_partial_rotation(check, pointer, self.partial_rotary_factor);
+    }
+
+    fn contradicts(&self, other: &Self) -> bool {
+        let kind = |rope: &Self| rope.kinds().next().unwrap_or("default").to_owned();
+        let have_other_thetas = matches!((self.rope_theta, other.rope_theta), (Some(a), Some(b)) if a != b);
+        kind(self) != kind(other) || have_other_thetas
+    }
+}
+
+fn refuse_partial_rotation(check: &mut Check, parent: &str, factor: Option<f64>) {
+    if let Some(frac) = factor.filter(|&frac| frac != 1.0) {
+        let message = format!("is {frac}; only heads that are rotated as a whole are computed here, 1");
+        check.problem(format!("{parent}/partial_rotary_factor"), message);
     }
 }
 
@@ -263,11 +280,26 @@ mod tests {
     }
 
     #[test]
+    fn rotary_parameters_in_both_places_must_say_the_same() {
+        let both = |scaling: Value, parameters: Value| {
+            with(json!({"rope_theta": null, "rope_scaling": scaling, "rope_parameters": parameters}))
+        };
+        let theta = |theta: f64| json!({"rope_type": "default", "rope_theta": theta});
+        assert_eq!(model_of_config(both(theta(7e4), theta(7e4))).unwrap().rope_theta, 7e4);
+        assert_eq!(model_of_config(both(json!({"type": "default"}), theta(7e4))).unwrap().rope_theta, 7e4);
+        assert_eq!(pointers(both(theta(7e4), theta(8e4))), ["/rope_parameters", "/rope_scaling"]);
+        let linear = json!({"type": "linear", "factor": 2.0});
+        assert_eq!(pointers(both(linear, theta(7e4))), ["/rope_parameters", "/rope_scaling"]);
+        let two_types = json!({"rope_type": "default", "type": "linear"});
+        assert_eq!(pointers(with(json!({"rope_scaling": two_types}))), ["/rope_scaling"]);
+    }
+
+    #[test]
     fn every_other_function_is_refused_by_name() {
         let config = with(json!({
             "model_type": "mistral", "hidden_act": "gelu", "attention_bias": true, "mlp_bias": true,
             "rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"partial_rotary_factor": 0.5},
-            "pretraining_tp": 2, "head_dim": 32, "quantization_config": {"bits": 4}
+            "pretraining_tp": 2, "head_dim": 32, "partial_rotary_factor": 0.5, "quantization_config": {"bits": 4}
         }));
         assert_eq!(
             pointers(config),
@@ -277,8 +309,10 @@ mod tests {
                 "/hidden_act",
                 "/mlp_bias",
                 "/model_type",
+                "/partial_rotary_factor",
                 "/pretraining_tp",
                 "/quantization_config",
+                "/rope_parameters",
                 "/rope_parameters/partial_rotary_factor",
                 "/rope_scaling",
             ]

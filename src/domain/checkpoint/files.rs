@@ -47,13 +47,21 @@ pub fn is_staged(name: &str) -> bool {
 /// The limit of a file that is read whole.
 pub fn max_bytes(name: &str) -> Option<u64> {
     match name {
-        CONFIG_FILE | GENERATION_CONFIG_FILE | SPECIAL_TOKENS_FILE => Some(1 << 20),
+        // Sizes and names, some kilobytes.
+        CONFIG_FILE => Some(64 << 10),
+        GENERATION_CONFIG_FILE | SPECIAL_TOKENS_FILE => Some(1 << 20),
         // Lists every added token.
         TOKENIZER_CONFIG_FILE => Some(8 << 20),
-        INDEX_FILE => Some(16 << 20),
+        // A line for each tensor.
+        INDEX_FILE => Some(4 << 20),
         TOKENIZER_FILE => Some(64 << 20),
         _ => None,
     }
+}
+
+/// The problem of a file above [`max_bytes`].
+pub fn too_large(name: &str, limit_bytes: u64) -> Problem {
+    Problem::at(&[name], format!("has more than the {limit_bytes} bytes that are taken of it"))
 }
 
 /// What is wrong with these files as a set: what is missing, and what excludes each other.

@@ -1,16 +1,25 @@
 //! The headers of safetensors files: read, and compared with the tensors that a model has.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
-use safetensors::{Dtype, tensor::Metadata};
-use serde::Deserialize;
+use safetensors::{
+    Dtype,
+    tensor::{Metadata, TensorInfo},
+};
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error as _, IgnoredAny, MapAccess, Visitor},
+};
 use serde_json::Value;
 
 use super::{INDEX_FILE, MAX_PROBLEMS, tensors::tensors};
 use crate::domain::{problem::Problem, spec::ModelSpec};
 
-/// A header lists tensors, some hundred bytes each.
-const MAX_HEADER_BYTES: u64 = 16 << 20;
+/// A header lists tensors, some hundred bytes each: the largest model that is taken needs less than 1 MiB.
+const MAX_HEADER_BYTES: u64 = 4 << 20;
 /// The length of the header stands before it.
 const PREFIX_BYTES: u64 = 8;
 
@@ -60,8 +69,10 @@ pub fn header_bytes(prefix: &[u8], file_bytes: u64) -> Result<u64, String> {
 
 /// Reads a header. Its tensors lie one after another, without gaps, up to the end of the file.
 pub fn read_header(header: &[u8], file_bytes: u64) -> Result<Metadata, String> {
-    let metadata: Metadata =
-        serde_json::from_slice(header).map_err(|error| format!("has a header that cannot be used: {error}"))?;
+    let cannot_be_used = |error: &dyn fmt::Display| format!("has a header that cannot be used: {error}");
+    let Tensors(mut tensors) = serde_json::from_slice(header).map_err(|error| cannot_be_used(&error))?;
+    tensors.sort_by_key(|(_, info)| info.data_offsets);
+    let metadata = Metadata::new(None, tensors).map_err(|error| cannot_be_used(&error))?;
     let has_bytes = file_bytes - PREFIX_BYTES - header.len() as u64;
     let wants_bytes = metadata.data_len() as u64;
     if wants_bytes > has_bytes {
@@ -73,18 +84,53 @@ pub fn read_header(header: &[u8], file_bytes: u64) -> Result<Metadata, String> {
     Ok(metadata)
 }
 
+/// The tensors of a header. What its writer noted beside them may be anything, and is not kept.
+struct Tensors(Vec<(String, TensorInfo)>);
+
+impl<'de> Deserialize<'de> for Tensors {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(TensorsVisitor).map(Self)
+    }
+}
+
+struct TensorsVisitor;
+
+impl<'de> Visitor<'de> for TensorsVisitor {
+    type Value = Vec<(String, TensorInfo)>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object of tensors")
+    }
+
+    fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Self::Value, M::Error> {
+        let mut tensors = BTreeMap::new();
+        while let Some(name) = map.next_key::<String>()? {
+            if name == "__metadata__" {
+                map.next_value::<IgnoredAny>()?;
+                continue;
+            }
+            let info = map.next_value()?;
+            if tensors.insert(name, info).is_some() {
+                return Err(M::Error::custom("a tensor is there twice"));
+            }
+        }
+        Ok(tensors.into_iter().collect())
+    }
+}
+
 /// What keeps these files from being the weights of the model: tensors that are missing, misshapen, in another number
 /// format, there twice, or unknown.
 pub fn check_tensors(model: &ModelSpec, shards: &[Shard]) -> Vec<Problem> {
     let mut problems = Vec::new();
-    let mut found = BTreeMap::new();
+    let mut found = BTreeMap::<_, &Shard>::new();
     for shard in shards {
         for name in shard.header.offset_keys() {
             match found.get(&name) {
                 Some(other) => {
-                    problems.push(Problem::at(&[&shard.file, &name], format!("is also in {other}")));
+                    let message = format!("is also in {}", other.file);
+                    problems.push(Problem::at(&[&shard.file, &name], message));
                 }
-                None => _ = found.insert(name, &shard.file),
+                None => _ = found.insert(name, shard),
             }
         }
     }
@@ -93,26 +139,35 @@ pub fn check_tensors(model: &ModelSpec, shards: &[Shard]) -> Vec<Problem> {
         _ => INDEX_FILE,
     };
     for wanted in tensors(model) {
-        let Some(file) = found.remove(&wanted.name) else {
+        let Some(shard) = found.remove(&wanted.name) else {
             problems.push(Problem::at(&[place_of_missing, &wanted.name], "is missing"));
             continue;
         };
-        let info = shards.iter().find(|shard| &shard.file == file).and_then(|shard| shard.header.info(&wanted.name));
-        let Some(info) = info else { continue };
+        let Some(info) = shard.header.info(&wanted.name) else { continue };
         if !info.shape.iter().map(|&n| n as i64).eq(wanted.shape.iter().copied()) {
-            let message = format!("has the shape {:?}; by config.json it is {:?}", info.shape, wanted.shape);
-            problems.push(Problem::at(&[file, &wanted.name], message));
+            let (has, wants) = (shape_text(&info.shape), &wanted.shape);
+            let message = format!("has the shape {has}; by config.json it is {wants:?}");
+            problems.push(Problem::at(&[&shard.file, &wanted.name], message));
         }
         if WeightDtype::of(info.dtype).is_none() {
             let message = format!("is {}; taken are F32, F16 and BF16", info.dtype);
-            problems.push(Problem::at(&[file, &wanted.name], message));
+            problems.push(Problem::at(&[&shard.file, &wanted.name], message));
         }
     }
     let unknown = found.into_iter().filter(|(name, _)| !is_ignored(name, model));
-    problems
-        .extend(unknown.map(|(name, file)| Problem::at(&[file, &name], "is no tensor of the model in config.json")));
+    let is_unknown = "is no tensor of the model in config.json";
+    problems.extend(unknown.map(|(name, shard)| Problem::at(&[&shard.file, &name], is_unknown)).take(MAX_PROBLEMS));
     problems.truncate(MAX_PROBLEMS);
     problems
+}
+
+/// A shape as it is shown: one of noise could have millions of dimensions.
+fn shape_text(shape: &[usize]) -> String {
+    const MAX_SHOWN: usize = 8;
+    match shape.get(..MAX_SHOWN) {
+        Some(shown) if shape.len() > MAX_SHOWN => format!("{shown:?} and {} more", shape.len() - MAX_SHOWN),
+        _ => format!("{shape:?}"),
+    }
 }
 
 /// Tensors that follow from others: tables of older versions, and a head that is tied to the embedding.
@@ -126,20 +181,21 @@ struct Index {
     weight_map: Option<BTreeMap<String, String>>,
 }
 
-/// What the index says otherwise than the shards do.
+/// What the index says otherwise than the shards do. An index that cannot be read is one problem.
 pub fn check_index(index: Value, shards: &[Shard]) -> Vec<Problem> {
-    let (index, problems) = crate::domain::json::parse::<Index>(index);
-    if let [first, ..] = &problems[..] {
-        return vec![Problem::at(&[INDEX_FILE], format!("{} {}", first.pointer, first.message).trim_start())];
+    // serde reads a struct from a list too, element by element: nobody means that.
+    if !index.is_object() {
+        return vec![Problem::at(&[INDEX_FILE], "is no JSON object")];
     }
-    let Some(weight_map) = index.weight_map else {
-        return vec![Problem::at(&[INDEX_FILE, "weight_map"], "is missing")];
+    let weight_map = match serde_json::from_value::<Index>(index) {
+        Ok(Index { weight_map: Some(weight_map) }) => weight_map,
+        Ok(Index { weight_map: None }) => return vec![Problem::at(&[INDEX_FILE, "weight_map"], "is missing")],
+        Err(error) => return vec![Problem::at(&[INDEX_FILE, "weight_map"], format!("cannot be read: {error}"))],
     };
-    let said: BTreeSet<_> = weight_map.iter().map(|(tensor, file)| (tensor.clone(), file.as_str())).collect();
-    let is: BTreeSet<_> = shards
-        .iter()
-        .flat_map(|shard| shard.header.offset_keys().into_iter().map(|tensor| (tensor, shard.file.as_str())))
-        .collect();
+    let names: Vec<_> = shards.iter().map(|shard| (shard.header.offset_keys(), shard.file.as_str())).collect();
+    let said: BTreeSet<_> = weight_map.iter().map(|(tensor, file)| (tensor.as_str(), file.as_str())).collect();
+    let is: BTreeSet<_> =
+        names.iter().flat_map(|(tensors, file)| tensors.iter().map(move |tensor| (tensor.as_str(), *file))).collect();
     let wrong = said.difference(&is).map(|(tensor, file)| {
         Problem::at(&[INDEX_FILE, "weight_map", tensor], format!("is said to be in {file}, and is not"))
     });
@@ -251,9 +307,29 @@ mod tests {
         let shards = [shard("a", first), shard("b", second)];
         let in_index = format!("/{INDEX_FILE}/weight_map/{name}");
         assert_eq!(pointers(check_index(index, &shards)), [in_index.clone(), in_index]);
-        for bad in [json!([]), json!({"weight_map": {"a": 1}}), json!({})] {
+        for bad in [json!([]), json!({"weight_map": {"a": 1}}), json!({"weight_map": {"a": 1, "b": 2}}), json!({})] {
             assert_eq!(check_index(bad, &shards).len(), 1);
         }
+    }
+
+    #[test]
+    fn a_header_is_read_without_its_notes_and_takes_no_tensor_twice() {
+        let tensor = |name: &str, start: u64| {
+            format!(r#""{name}":{{"dtype":"F32","shape":[2],"data_offsets":[{start},{}]}}"#, start + 8)
+        };
+        let notes = r#""__metadata__":{"format":"pt","deep":[{"a":1}]}"#;
+        let noted = format!("{{{},{notes},{}}}", tensor("b", 8), tensor("a", 0));
+        let header = read_header(noted.as_bytes(), 8 + noted.len() as u64 + 16).unwrap();
+        assert_eq!(header.offset_keys(), ["a", "b"]);
+        assert!(header.metadata().is_none());
+        let twice = format!("{{{},{}}}", tensor("a", 0), tensor("a", 8));
+        assert!(read_header(twice.as_bytes(), 8 + twice.len() as u64 + 16).unwrap_err().contains("twice"));
+    }
+
+    #[test]
+    fn a_shape_of_noise_is_shown_in_part() {
+        assert_eq!(shape_text(&[2, 3]), "[2, 3]");
+        assert_eq!(shape_text(&[1; 1_000]), "[1, 1, 1, 1, 1, 1, 1, 1] and 992 more");
     }
 
     #[test]

@@ -44,6 +44,15 @@ impl TrainSpecRequest {
             // Said above, and not to be said once more of a size that nobody gave.
             self.model = self.model.take().map(|model| ModelRequest { vocab_size: None, ..model });
         }
+        let max_length = init.model.max_position_embeddings;
+        let sequence_length = self.batch.as_ref().and_then(|batch| batch.sequence_length);
+        if let Some(sequence_length) = sequence_length.filter(|&length| length > max_length) {
+            let message = format!(
+                "{sequence_length} is longer than the checkpoint's sequences, whose max_position_embeddings is {max_length}"
+            );
+            problems.push(Problem::new("/batch/sequence_length", message));
+            self.model = self.model.take().map(|model| ModelRequest { max_position_embeddings: None, ..model });
+        }
         problems
     }
 }
@@ -225,6 +234,19 @@ mod tests {
     #[test]
     fn tokens_beyond_its_vocabulary_are_refused_once() {
         assert_eq!(begin(Value::Null, 321).unwrap_err(), ["/tokenization"]);
+    }
+
+    #[test]
+    fn sequences_beyond_its_positions_are_refused_where_they_are_given() {
+        let init = InitFacts { model: ModelSpec { max_position_embeddings: 127, ..init().model }, ..init() };
+        let (mut request, _) = TrainSpecRequest::parse(json!({
+            "dataset": "ds_1", "init_checkpoint": "node_1", "method": {"type": "full"},
+            "schedule": {"num_steps": 100}, "batch": {"num_seqs": 4, "sequence_length": 128}
+        }));
+        let problems = request.begin_with(&init, Some(&data(300)));
+        assert_eq!(problems.len(), 1);
+        assert_eq!(problems[0].pointer, "/batch/sequence_length");
+        assert!(request.normalise(Some(&data(300))).is_ok(), "said once");
     }
 
     #[test]
