@@ -135,6 +135,17 @@ def service(make_service):
     return service
 
 
+@pytest.fixture(scope="module")
+def shared_service(tmp_path_factory):
+    """One server for all tests of a file, where none of them disturbs it."""
+    service = Service(tmp_path_factory.mktemp("service") / "server.log")
+    try:
+        service.start()
+        yield service
+    finally:
+        service.close()
+
+
 def pytest_configure():
     if not (pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release" / "relora-trainer").exists():
         pytest.exit("relora-trainer is not built: run `make build` first", returncode=2)

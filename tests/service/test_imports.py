@@ -9,12 +9,12 @@ import uuid
 
 import pytest
 import torch
-from conftest import TEXT, Service
 from local_server import BIN, RELORA
 from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+TEXT = "".join(f"def function_{i}(value):\n    return value * {i} + {i % 7}\n\n" for i in range(4000))
 END_OF_TEXT = "</s>"
 VARIANTS = {
     "sharded": {},
@@ -23,15 +23,9 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    """One server for all of these tests: none of them disturbs it."""
-    service = Service(tmp_path_factory.mktemp("service") / "server.log")
-    try:
-        service.start()
-        yield service
-    finally:
-        service.close()
+@pytest.fixture
+def service(shared_service):
+    return shared_service
 
 
 def write_checkpoint(folder, dtype=torch.float32, **changes):
