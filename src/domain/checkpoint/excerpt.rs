@@ -129,6 +129,7 @@ impl Excerpt {
 /// The sizes that a `config.json` gives, if they make a model, and everything that is wrong with it.
 pub fn check_config(content: &[u8]) -> (Option<ModelSpec>, Vec<Problem>) {
     match serde_json::from_slice::<Value>(content) {
+        Ok(config) if !config.is_object() => (None, vec![Problem::at(&[CONFIG_FILE], "is no JSON object")]),
         Ok(config) => {
             let (model, problems) = read_config(config);
             (model, problems.into_iter().map(|problem| problem.within(CONFIG_FILE).shortened()).collect())
