@@ -90,7 +90,6 @@ pub enum MethodPreset {
 
 /// A matrix of a layer that may be wrapped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
 pub enum Linear {
     #[serde(rename = "q_proj")]
     Query,
