@@ -7,8 +7,8 @@ use tokenizers::Tokenizer;
 
 use super::{
     data::{Dataset, Split},
+    engine::Engine,
     error::TrainError,
-    model::Llama,
     random::{Draws, Purpose},
 };
 use crate::domain::spec::TrainSpec;
@@ -27,13 +27,12 @@ pub struct Evaluation {
 
 /// The mean loss; `None` if it is interrupted, which is asked for between micro-batches.
 pub fn evaluate(
-    model: &Llama,
+    engine: &mut Engine,
     split: &Split,
     spec: &TrainSpec,
     device: Device,
     mut is_interrupted: impl FnMut() -> bool,
 ) -> Option<Evaluation> {
-    let _guard = tch::no_grad_guard();
     let sequence_length = spec.batch.sequence_length;
     let num_rows = (spec.eval.max_tokens / sequence_length).clamp(1, split.num_rows);
     let mut summed_loss = 0.0;
@@ -44,7 +43,7 @@ pub fn evaluate(
         }
         let end = (first_row + spec.batch.micro_batch_seqs).min(num_rows);
         let rows = split.rows(first_row..end, device);
-        summed_loss += model.summed_loss(&rows, None).double_value(&[]); // device sync
+        summed_loss += engine.summed_loss(&rows).double_value(&[]); // device sync
         first_row = end;
     }
     let num_tokens = num_rows * (sequence_length - 1);
@@ -53,7 +52,7 @@ pub fn evaluate(
 
 /// Continues every prompt of the spec. The draws depend on the seed and the prompt's place alone.
 pub fn sample(
-    model: &Llama,
+    engine: &mut Engine,
     dataset: &Dataset,
     spec: &TrainSpec,
     device: Device,
@@ -71,7 +70,7 @@ pub fn sample(
         .map(|(index, prompt)| {
             let tokens = encode(&tokenizer, &path, prompt, dataset)?;
             let all = continue_tokens(
-                model,
+                engine,
                 tokens,
                 |position, len| {
                     let draws = Draws::new(spec.seed, Purpose::Sampling, [index as i64, position]);
@@ -99,7 +98,7 @@ fn encode(tokenizer: &Tokenizer, path: &Path, prompt: &str, dataset: &Dataset) -
 }
 
 fn continue_tokens(
-    model: &Llama,
+    engine: &mut Engine,
     mut tokens: Vec<i64>,
     noise: impl Fn(i64, usize) -> Tensor,
     spec: &TrainSpec,
@@ -110,7 +109,7 @@ fn continue_tokens(
         let context = &tokens[tokens.len().saturating_sub(spec.batch.sequence_length as usize)..];
         let noise = noise(position, spec.model.vocab_size as usize);
         let context = Tensor::from_slice(context).view([1, -1]).to_device(noise.device());
-        let logits = model.forward(&context, None).select(0, 0).select(0, -1); // (v)
+        let logits = engine.logits(&context).select(0, -1); // (v)
         let next = (logits.to_kind(Kind::Float) / TEMPERATURE + noise).argmax(0, false).int64_value(&[]); // device sync
         if next == eos_token_id {
             break;

@@ -4,7 +4,12 @@ use std::{io, path::Path};
 
 use tch::{Device, Tensor};
 
-use super::{checkpoint, error::TrainError, model::Llama, tensor_file};
+use super::{
+    checkpoint,
+    engine::{Engine, Settings},
+    error::TrainError,
+    tensor_file,
+};
 use crate::domain::{job::FailureKind, spec::Precision};
 
 /// Reads rows of tokens, a JSON array of arrays of equal length, from stdin and writes the tensor
@@ -15,8 +20,9 @@ pub fn write(folder: &Path, out: &Path) -> Result<(), TrainError> {
         .map_err(|error| TrainError::new(FailureKind::Data, format!("read rows of tokens from stdin: {error}")))?;
     let _guard = tch::no_grad_guard();
     let weights = checkpoint::read_weights(folder, &spec, Device::Cpu)?;
-    let model = Llama::new(&spec, &weights, Precision::Fp32);
+    let mut engine = Engine::new(&spec, &weights, Settings::new(Precision::Fp32));
     let rows: Vec<_> = rows.iter().map(|row| Tensor::from_slice(row)).collect();
-    let logits = model.forward(&Tensor::stack(&rows, 0), None).contiguous();
+    let rows = Tensor::stack(&rows, 0);
+    let logits = engine.logits(&rows).view([rows.size()[0], rows.size()[1], -1]);
     tensor_file::write(out, &[("logits".into(), logits)])
 }

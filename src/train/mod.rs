@@ -1,12 +1,13 @@
 //! The trainer: one synchronous process per device, from a spec and token files to nodes of a lineage.
 //!
 //! The only part that names libtorch. It knows no database, no network and no worker: files and JSON lines are all it
-//! reads and writes. The loop is in [`run`], the model in [`model`], what makes it ReLoRA in [`relora`].
+//! reads and writes. The loop is in [`run`], the model's passes in [`engine`], what makes it ReLoRA in [`relora`].
 
 mod adamw;
 mod checkpoint;
 mod data;
 mod device;
+mod engine;
 mod error;
 mod eval;
 mod events;
@@ -15,6 +16,7 @@ mod logits;
 mod model;
 mod native;
 mod nodes;
+mod ops;
 mod process;
 mod random;
 mod ranks;
@@ -28,6 +30,8 @@ mod writer;
 
 #[cfg(test)]
 mod loop_tests;
+#[cfg(test)]
+mod oracle;
 #[cfg(test)]
 mod test_support;
 

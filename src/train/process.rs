@@ -14,10 +14,10 @@ use super::{
     checkpoint,
     data::Dataset,
     device,
+    engine::Engine,
     error::TrainError,
     events::{self, Events},
     logits,
-    model::Llama,
     nodes::Nodes,
     relora::Wrapping,
     run::{Ending, Inbox, Run},
@@ -121,7 +121,7 @@ pub fn train(
     }
     let mut run = Run {
         schedule: Schedule::new(&spec),
-        model: Llama::of(&spec, &weights),
+        engine: Engine::of(&spec, &weights),
         is_settled: args.resume.is_some(),
         events: events.clone(),
         spec,

@@ -10,34 +10,22 @@ use tch::{Device, Kind, Tensor};
 use super::{
     model::{self, linear_path},
     random::{Draws, Purpose},
-    weights::{Group, LowRankWeights, Parameter, Weights},
+    weights::{Group, LowRankWeights, Parameter, Weights, buffer_len, views},
 };
-use crate::domain::spec::{FactorsSpec, Linear, MethodSpec, ModelSpec, Precision, TrainSpec};
+use crate::domain::spec::{FactorsSpec, Linear, MethodSpec, ModelSpec, TrainSpec};
 
 /// A matrix without a gradient: one that is wrapped, changed only by merges, or an embedding that does not train.
 pub struct Frozen {
     pub name: String,
     /// In fp32: merged in bf16, small updates would be lost.
     pub master: Tensor,
-    /// What products use: the master itself, or a copy in bf16 that follows it.
-    pub compute: Tensor,
 }
 
-impl Frozen {
-    fn new(name: String, master: Tensor, precision: Precision) -> Self {
-        let kind = match precision {
-            Precision::Fp32 => Kind::Float,
-            Precision::Bf16 => Kind::BFloat16,
-        };
-        Self { name, compute: master.to_kind(kind), master }
-    }
-
-    /// The compute copy of a changed master; a no-op where they are one tensor.
-    pub fn refresh(&mut self) {
-        if self.compute.kind() != self.master.kind() {
-            self.compute.copy_(&self.master);
-        }
-    }
+/// Zeros of these shapes. They lie in one buffer, so that neighbours can be multiplied with as one matrix.
+fn frozen_zeros(parameters: Vec<Parameter>, device: Device) -> Vec<Frozen> {
+    let buffer = Tensor::zeros([buffer_len(&parameters)], (Kind::Float, device));
+    let masters = views(&parameters, &buffer);
+    parameters.into_iter().zip(masters).map(|(parameter, master)| Frozen { name: parameter.name, master }).collect()
 }
 
 /// A matrix with factors beside it, or in its place.
@@ -54,7 +42,6 @@ pub struct Wrapping<'a> {
     factors: &'a FactorsSpec,
     /// Whether the factors stand in the place of the matrices.
     is_factorized: bool,
-    precision: Precision,
     seed: i64,
 }
 
@@ -65,7 +52,6 @@ impl<'a> Wrapping<'a> {
             model: &spec.model,
             factors: spec.method.factors()?,
             is_factorized: matches!(spec.method, MethodSpec::Factorized(_)),
-            precision: spec.precision,
             seed: spec.seed,
         })
     }
@@ -93,24 +79,24 @@ impl<'a> Wrapping<'a> {
     /// Weights with every value zero: the shape into which a state is read.
     pub fn zeros(&self, device: Device) -> Weights {
         let wrapped = self.wrapped();
-        let zeros = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, device));
         let mut frozen = Vec::new();
         if !self.is_factorized {
-            let matrices = wrapped.iter();
-            frozen.extend(matrices.map(|(w, (o, i))| Frozen::new(w.name.clone(), zeros(&[*o, *i]), self.precision)));
+            frozen.extend(wrapped.iter().map(|(wrapped, (rows, columns))| Parameter {
+                name: wrapped.name.clone(),
+                shape: vec![*rows, *columns],
+                decays: false,
+            }));
         }
         let mut full_rank = model::parameters(self.model);
         full_rank.retain(|parameter| !wrapped.iter().any(|(wrapped, _)| wrapped.name == parameter.name));
-        // Embeddings are looked up in fp32, like those that train.
-        let not_trained = full_rank.extract_if(.., |parameter| self.freezes(&parameter.name));
-        frozen.extend(not_trained.map(|p| Frozen::new(p.name.clone(), zeros(&p.shape), Precision::Fp32)));
+        frozen.extend(full_rank.extract_if(.., |parameter| self.freezes(&parameter.name)));
         let factors = factor_parameters(&wrapped, self.factors.rank);
         Weights {
             full_rank: Group::new(full_rank, device),
             low_rank: Some(LowRankWeights {
                 factors: Group::new(factors, device),
                 wrapped: wrapped.into_iter().map(|(wrapped, _)| wrapped).collect(),
-                frozen,
+                frozen: frozen_zeros(frozen, device),
                 scale: self.factors.scale,
             }),
         }
@@ -137,7 +123,6 @@ impl<'a> Wrapping<'a> {
             wrapped.set(name, value);
         }
         if let Some(low_rank) = &mut wrapped.low_rank {
-            low_rank.frozen.iter_mut().for_each(Frozen::refresh);
             low_rank.draw_factors(self.seed, 0);
         }
         *weights = wrapped;
@@ -187,10 +172,25 @@ impl Weights {
         }
     }
 
-    /// The tensor that the model computes with under this name.
+    /// The tensor of this name, trained or not.
     pub fn find(&self, name: &str) -> Option<Tensor> {
-        let frozen = self.low_rank.iter().flat_map(|l| &l.frozen).find(|f| f.name == name).map(|f| &f.compute);
-        self.groups().find_map(|group| group.leaf(name)).or(frozen).map(Tensor::shallow_clone)
+        self.place(name).map(|place| place.value).or_else(|| self.master(name))
+    }
+
+    /// The same in fp64: what the gradients of hand-written code are checked in.
+    #[cfg(test)]
+    pub fn in_double(&self) -> Self {
+        let low_rank = self.low_rank.as_ref().map(|low_rank| LowRankWeights {
+            factors: low_rank.factors.in_double(),
+            wrapped: low_rank.wrapped.clone(),
+            frozen: low_rank
+                .frozen
+                .iter()
+                .map(|f| Frozen { name: f.name.clone(), master: f.master.to_kind(Kind::Double) })
+                .collect(),
+            scale: low_rank.scale,
+        });
+        Self { full_rank: self.full_rank.in_double(), low_rank }
     }
 
     /// A copy, in host memory, of the model with its factors merged, by name. The weights are not touched.
@@ -230,7 +230,6 @@ impl LowRankWeights {
             let square = delta.square().sum(Kind::Double);
             squares.entry(wrapped.linear).and_modify(|sum| *sum += &square).or_insert(square);
             self.frozen[index].master += delta;
-            self.frozen[index].refresh();
         }
         squares.into_iter().map(|(linear, sum)| (linear, sum.double_value(&[]).sqrt())).collect() // device sync
     }
@@ -312,9 +311,15 @@ mod tests {
 
     use super::*;
     use crate::train::{
-        model::Llama,
+        engine::{DropoutPlace, Engine},
         test_support::{self, method},
     };
+
+    const PLACE: DropoutPlace = DropoutPlace { seed: 0, first_seq: 0 };
+
+    fn logits(spec: &TrainSpec, weights: &Weights, rows: &Tensor) -> Tensor {
+        Engine::of(spec, weights).logits(rows)
+    }
 
     /// A wrapped model, its weights, rows to look at it with, and its logits before it was wrapped.
     fn wrapped(patch: serde_json::Value) -> (TrainSpec, Weights, Tensor, Tensor) {
@@ -322,7 +327,7 @@ mod tests {
         let spec = test_support::spec(patch);
         let mut weights = Weights::initial(&spec, Device::Cpu);
         let rows = Tensor::arange(18, (Kind::Int64, Device::Cpu)).view([2, 9]);
-        let before = Llama::of(&spec, &weights).forward(&rows, None).detach();
+        let before = logits(&spec, &weights, &rows);
         Wrapping::of(&spec).expect("relora").wrap(&mut weights);
         (spec, weights, rows, before)
     }
@@ -334,7 +339,7 @@ mod tests {
     fn draw_every_b(weights: &Weights) {
         for (index, b) in (0..).zip(factors(weights).iter().skip(1).step_by(2)) {
             let value = Draws::new(5, Purpose::Weights, [0, index]).uniform(b.numel(), 0.1);
-            tch::no_grad(|| b.shallow_clone().copy_(&Tensor::from_slice(&value).view(b.size().as_slice())));
+            b.shallow_clone().copy_(&Tensor::from_slice(&value).view(b.size().as_slice()));
         }
     }
 
@@ -347,11 +352,12 @@ mod tests {
             json!({"method": method(json!({"train_head": false, "train_embeddings": false})), "precision": "bf16"}),
         ] {
             let (spec, weights, rows, before) = wrapped(patch);
-            let model = Llama::of(&spec, &weights);
-            assert!(model.forward(&rows, None).equal(&before));
+            let mut engine = Engine::of(&spec, &weights);
+            assert!(engine.logits(&rows).equal(&before));
 
-            let gradients = Tensor::run_backward(&[model.summed_loss(&rows, None)], factors(&weights), false, false);
-            for pair in gradients.chunks(2) {
+            let _ = engine.forward_backward(&rows, 1.0, PLACE);
+            let factors = &weights.low_rank.as_ref().expect("wrapped").factors;
+            for pair in factors.views(&factors.gradients).chunks(2) {
                 assert_eq!(pair[0].abs().max().double_value(&[]), 0.0, "A");
                 assert!(pair[1].abs().max().double_value(&[]) > 0.0, "B");
             }
@@ -388,11 +394,11 @@ mod tests {
             let change = json!({"rank": rank % 5 + 1, "scale": 1.0 + (rank % 7) as f64 / 4.0});
             let (spec, mut weights, rows, _) = wrapped(json!({"model": model, "method": method(change)}));
             draw_every_b(&weights);
-            let model = Llama::of(&spec, &weights);
-            let before = model.forward(&rows, None);
-            let old_a = factors(&weights)[0].detach().copy();
+            let mut engine = Engine::of(&spec, &weights);
+            let before = engine.logits(&rows);
+            let old_a = factors(&weights)[0].copy();
             let exported = weights.merged();
-            assert!(model.forward(&rows, None).equal(&before), "the export touched the model");
+            assert!(engine.logits(&rows).equal(&before), "the export touched the model");
 
             let parts = weights.low_rank.as_mut().expect("wrapped");
             let first = parts.frozen[0].master.copy();
@@ -402,9 +408,10 @@ mod tests {
             assert_eq!(norms.len(), 7);
             let of_first = (&parts.frozen[0].master - first).norm().double_value(&[]);
             assert!(norms[&Linear::Query] >= of_first * 0.999 && of_first > 0.0, "{norms:?}, {of_first}");
-            let after = model.forward(&rows, None);
+            engine.frozen_changed();
+            let after = engine.logits(&rows);
             let error = (&after - &before).abs().max().double_value(&[]);
-            assert!(error < 1e-5 * before.abs().max().double_value(&[]).max(1.0) && error > 0.0, "{error}");
+            assert!(error < 1e-5 * before.abs().max().double_value(&[]).max(1.0), "{error}");
             assert!(!factors(&weights)[0].equal(&old_a));
             assert!(factors(&weights).iter().skip(1).step_by(2).all(|b| b.abs().max().double_value(&[]) == 0.0));
             for ((name, exported), (_, merged)) in exported.iter().zip(weights.merged()) {
@@ -422,14 +429,14 @@ mod tests {
         let spec = test_support::spec(json!({"method": method}));
         let weights = Weights::initial(&spec, Device::Cpu);
         let rows = Tensor::arange(18, (Kind::Int64, Device::Cpu)).view([2, 9]);
-        let logits = Llama::of(&spec, &weights).forward(&rows, None);
+        let factorized = logits(&spec, &weights, &rows);
 
         let mut full = Weights::zeros(&spec.model, Device::Cpu);
         for (name, value) in weights.merged() {
             full.set(&name, &value);
         }
-        let error = (Llama::of(&spec, &full).forward(&rows, None) - &logits).abs().max().double_value(&[]);
-        assert!(error < 1e-5 && logits.abs().max().double_value(&[]) > 0.1, "{error}");
+        let error = (logits(&spec, &full, &rows) - &factorized).abs().max().double_value(&[]);
+        assert!(error < 1e-5 && factorized.abs().max().double_value(&[]) > 0.1, "{error}");
         let query = full.find("model.layers.0.self_attn.q_proj.weight").expect("a matrix");
         assert_eq!(query.linalg_matrix_rank(1e-5, false).int64_value(&[]), 3);
     }

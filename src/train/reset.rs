@@ -1,4 +1,4 @@
-//! What a reset does to the Adam state of the factors: clear it, or a share of it (relora.md 1.7, 6.2).
+//! What a reset does to the Adam state of the factors: clear it, or a share of it.
 //!
 //! Tensors are edited in place. What is trained beside the factors keeps its state.
 

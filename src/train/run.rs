@@ -10,10 +10,10 @@ use tch::Tensor;
 
 use super::{
     data::Dataset,
+    engine::{DropoutPlace, Engine},
     error::TrainError,
     eval,
     events::Events,
-    model::{DropoutPlace, Llama},
     nodes::Nodes,
     ranks::{RankReporter, wrapped_matrices},
     relora::Wrapping,
@@ -37,7 +37,7 @@ pub struct Run {
     pub device: tch::Device,
     pub dataset: Dataset,
     pub weights: Weights,
-    pub model: Llama,
+    pub engine: Engine,
     pub state: LoopState,
     /// Whether everything that falls between the last update and the next one is behind it, as in every state.
     pub is_settled: bool,
@@ -145,19 +145,19 @@ impl Run {
 
             let started = Instant::now();
             let learning_rate = self.schedule.learning_rate(step);
-            let loss = self.accumulate_gradients();
-            let grad_norm = self.gradient_norm();
             // Reading the loss and the norm waits for the device, once per update.
-            let (loss, grad_norm) = (loss.double_value(&[]), grad_norm.double_value(&[]));
+            let loss = self.accumulate_gradients().double_value(&[]);
+            let grad_norm = self.gradient_norm();
             if !(loss.is_finite() && grad_norm.is_finite()) {
                 self.skip(loss, grad_norm)?;
                 continue;
             }
             self.state.last_good_checkpoint_step = self.state.last_checkpoint_step;
-            self.clip(grad_norm);
+            let clip_factor = self.clip_factor(grad_norm);
             for group in self.weights.groups_mut() {
-                group.adamw_update(&self.spec.optimizer, learning_rate);
+                group.adamw_update(self.engine.ops(), &self.spec.optimizer, learning_rate, clip_factor);
             }
+            self.engine.weights_changed();
             self.state.step += 1;
             self.state.num_skipped_in_a_row = 0;
             self.is_settled = false;
@@ -178,7 +178,7 @@ impl Run {
         let Some(wrapping) = Wrapping::of(&self.spec) else { return };
         tracing::info!(step = self.state.step, "wrap");
         wrapping.wrap(&mut self.weights);
-        self.model = Llama::of(&self.spec, &self.weights);
+        self.engine = Engine::of(&self.spec, &self.weights);
         self.state.phase = Phase::LowRank;
         let start = self.weights.low_rank.as_ref().map(wrapped_matrices);
         self.ranks = start.and_then(|start| self.rank_reporter(start));
@@ -216,6 +216,7 @@ impl Run {
         } else {
             low_rank.zero_b();
         }
+        self.engine.frozen_changed();
         if let Some(ranks) = &self.ranks {
             ranks.submit(step, restart, low_rank);
         }
@@ -237,9 +238,9 @@ impl Run {
 
     /// Reports the validation loss. A stop does not wait for it: the evaluation is then due to whoever goes on.
     fn evaluate(&mut self) -> Result<(), TrainError> {
-        let Self { model, dataset, spec, device, inbox, .. } = self;
+        let Self { engine, dataset, spec, device, inbox, .. } = self;
         let is_interrupted = || inbox.is_stopping();
-        let evaluation = eval::evaluate(model, &dataset.valid, spec, *device, is_interrupted);
+        let evaluation = eval::evaluate(engine, &dataset.valid, spec, *device, is_interrupted);
         self.state.evaluation_due = evaluation.is_none();
         let Some(evaluation) = evaluation else { return Ok(()) };
         let (step, perplexity) = (self.state.step, evaluation.loss.exp());
@@ -254,8 +255,8 @@ impl Run {
         Ok(())
     }
 
-    fn sample(&self) -> Result<(), TrainError> {
-        for (prompt, text) in eval::sample(&self.model, &self.dataset, &self.spec, self.device)? {
+    fn sample(&mut self) -> Result<(), TrainError> {
+        for (prompt, text) in eval::sample(&mut self.engine, &self.dataset, &self.spec, self.device)? {
             self.events.emit(&Event::Sample { step: self.state.step, prompt, text });
         }
         Ok(())
@@ -266,43 +267,33 @@ impl Run {
         let batch = &self.spec.batch;
         let num_targets = (batch.num_seqs * (batch.sequence_length - 1)) as f64;
         let first_seq = batch.skip_seqs + self.state.num_batches * batch.num_seqs;
-        let mut loss = Tensor::zeros([1], (tch::Kind::Float, self.device)).squeeze();
         for group in self.weights.groups_mut() {
             let _ = group.gradients.zero_();
         }
+        let mut loss = Tensor::zeros([], (tch::Kind::Double, self.device));
         let mut done_seqs = 0;
         while done_seqs < batch.num_seqs {
             let num_seqs = batch.micro_batch_seqs.min(batch.num_seqs - done_seqs);
             let rows = self.dataset.training_rows(first_seq + done_seqs, num_seqs, self.device);
             let place = DropoutPlace { seed: self.spec.seed, first_seq: first_seq + done_seqs };
-            let share = self.model.summed_loss(&rows, Some(place)) / num_targets;
-            let leaves: Vec<_> = self.weights.groups().flat_map(|group| &group.leaves).collect();
-            let mut gradients = Tensor::run_backward(&[&share], &leaves, false, false);
-            for group in self.weights.groups_mut() {
-                let of_others = gradients.split_off(group.leaves.len());
-                group.add_gradients(&std::mem::replace(&mut gradients, of_others));
-            }
-            loss += share.detach();
+            loss += self.engine.forward_backward(&rows, 1.0 / num_targets, place);
             done_seqs += num_seqs;
         }
         self.state.num_batches += 1;
         self.state.num_tokens += self.tokens_per_batch();
-        loss
+        loss / num_targets
     }
 
     /// Over all trained parameters together.
-    fn gradient_norm(&self) -> Tensor {
-        let norms: Vec<_> = self.weights.groups().map(super::weights::Group::gradient_norm).collect();
-        Tensor::stack(&norms, 0).norm()
+    fn gradient_norm(&self) -> f64 {
+        self.weights.groups().map(|group| group.gradient_square_sum(self.engine.ops())).sum::<f64>().sqrt()
     }
 
-    fn clip(&mut self, grad_norm: f64) {
-        let clip_norm = self.spec.optimizer.clip_norm;
-        let factor = clip_norm / (grad_norm + 1e-6);
-        if clip_norm > 0.0 && factor < 1.0 {
-            for group in self.weights.groups_mut() {
-                group.gradients *= factor;
-            }
+    /// What the gradients are multiplied with, so that their norm is within the spec's bound.
+    fn clip_factor(&self, grad_norm: f64) -> f64 {
+        match self.spec.optimizer.clip_norm {
+            0.0 => 1.0,
+            clip_norm => (clip_norm / (grad_norm + 1e-6)).min(1.0),
         }
     }
 

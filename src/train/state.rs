@@ -9,7 +9,7 @@ use tch::{Device, Tensor};
 use super::{
     error::TrainError,
     ranks::wrapped_matrices,
-    relora::{Frozen, Wrapping, copy_to_host},
+    relora::{Wrapping, copy_to_host},
     tensor_file,
     weights::{Group, LowRankWeights, Weights},
 };
@@ -166,7 +166,6 @@ fn read_frozen(state_dir: &Path, restart: i64, low_rank: &mut LowRankWeights) ->
     let path = state_dir.join("../..").join(lineage::frozen_path(restart));
     let targets = low_rank.frozen.iter().map(|f| (f.name.clone(), f.master.shallow_clone())).collect();
     tensor_file::read_into(&path, targets)?;
-    low_rank.frozen.iter_mut().for_each(Frozen::refresh);
     Ok(())
 }
 

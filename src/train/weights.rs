@@ -5,7 +5,10 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::relora::{Frozen, Wrapped};
+use super::{
+    ops::Ops,
+    relora::{Frozen, Wrapped},
+};
 
 /// Parameters begin at multiples of this many elements (64 bytes): kernels choose their path by alignment, and the
 /// choice must not depend on what lies before a parameter.
@@ -45,15 +48,58 @@ impl Weights {
         [Some(&self.full_rank), self.low_rank.as_ref().map(|low_rank| &low_rank.factors)].into_iter().flatten()
     }
 
+    /// The trained tensor of this name.
+    pub fn place(&self, name: &str) -> Option<Place> {
+        self.groups().find_map(|group| group.place(name))
+    }
+
+    /// The tensor of this name that is not trained.
+    pub fn master(&self, name: &str) -> Option<Tensor> {
+        let frozen = self.low_rank.iter().flat_map(|low_rank| &low_rank.frozen);
+        frozen.into_iter().find(|frozen| frozen.name == name).map(|frozen| frozen.master.shallow_clone())
+    }
+
+    /// The matrix `{path}.weight` of this shape, (rows, columns).
+    pub fn matrix(&self, path: &str, (rows, columns): (i64, i64)) -> Matrix {
+        let name = format!("{path}.weight");
+        let factors = self.low_rank.as_ref().and_then(|low_rank| {
+            let factor = |name: &str| low_rank.factors.place(&format!("{path}.{name}.weight"));
+            Some(Factors { a: factor("lora_A")?, b: factor("lora_B")?, scale: low_rank.scale })
+        });
+        Matrix { rows, columns, place: self.place(&name), master: self.master(&name), factors }
+    }
+
     pub fn groups_mut(&mut self) -> impl Iterator<Item = &mut Group> {
         [Some(&mut self.full_rank), self.low_rank.as_mut().map(|low_rank| &mut low_rank.factors)].into_iter().flatten()
     }
 }
 
+/// A trained tensor: its value, and where its gradient is summed.
+pub struct Place {
+    pub value: Tensor,
+    pub gradient: Tensor,
+}
+
+/// The low-rank factors of a matrix: A (r, in) and B (out, r), scaled by s.
+pub struct Factors {
+    pub a: Place,
+    pub b: Place,
+    pub scale: f64,
+}
+
+/// A matrix of the model, whichever way it is held: trained, or frozen, or neither where its factors stand in its place.
+pub struct Matrix {
+    pub rows: i64,
+    pub columns: i64,
+    pub place: Option<Place>,
+    pub master: Option<Tensor>,
+    pub factors: Option<Factors>,
+}
+
 pub struct Group {
     /// In the order of the buffers: first those that decay.
     pub parameters: Vec<Parameter>,
-    /// Views of `values` that record gradients.
+    /// Views of `values`.
     pub leaves: Vec<Tensor>,
     pub values: Tensor,
     pub gradients: Tensor,
@@ -69,13 +115,17 @@ pub struct Group {
 impl Group {
     /// All zeros.
     pub fn new(parameters: Vec<Parameter>, device: Device) -> Self {
+        Self::of_kind(parameters, (Kind::Float, device))
+    }
+
+    fn of_kind(parameters: Vec<Parameter>, options: (Kind, Device)) -> Self {
         let (mut parameters, others): (Vec<_>, Vec<_>) = parameters.into_iter().partition(|p| p.decays);
         let decayed_len = parameters.iter().map(padded_len).sum();
         parameters.extend(others);
-        let len = parameters.iter().map(padded_len).sum::<i64>().max(1);
-        let zeros = || Tensor::zeros([(len + ROW - 1) / ROW * ROW], (Kind::Float, device));
+        let len = buffer_len(&parameters).max(1);
+        let zeros = || Tensor::zeros([(len + ROW - 1) / ROW * ROW], options);
         let (values, gradients) = (zeros(), zeros());
-        let leaves = views(&parameters, &values).into_iter().map(|v| v.detach().set_requires_grad(true)).collect();
+        let leaves = views(&parameters, &values);
         let gradient_views = views(&parameters, &gradients);
         Self {
             leaves,
@@ -99,9 +149,10 @@ impl Group {
         self.parameters.iter().map(|parameter| parameter.name.as_str())
     }
 
-    /// The trained tensor of this name.
-    pub fn leaf(&self, name: &str) -> Option<&Tensor> {
-        self.names().position(|known| known == name).map(|index| &self.leaves[index])
+    pub fn place(&self, name: &str) -> Option<Place> {
+        let index = self.names().position(|known| known == name)?;
+        let [value, gradient] = [&self.leaves[index], &self.gradient_views[index]].map(Tensor::shallow_clone);
+        Some(Place { value, gradient })
     }
 
     /// Sets one parameter.
@@ -116,14 +167,6 @@ impl Group {
         index.into_iter().for_each(|index| self.set(index, value));
     }
 
-    /// Adds one gradient per parameter, in their order.
-    pub fn add_gradients(&mut self, gradients: &[Tensor]) {
-        let _guard = tch::no_grad_guard();
-        for (sum, gradient) in self.gradient_views.iter_mut().zip(gradients) {
-            *sum += gradient;
-        }
-    }
-
     /// Gives back the memory of everything but the values: the group is about to be replaced.
     pub fn free_training_buffers(&mut self) {
         self.gradient_views.clear();
@@ -132,17 +175,31 @@ impl Group {
         }
     }
 
-    /// The norm of the gradients. Summed in two levels: one fp32 sum over all elements loses digits.
-    pub fn gradient_norm(&self) -> Tensor {
-        self.gradients.view([-1, ROW]).norm_scalaropt_dim(2, [1i64], false).norm()
+    /// The sum of the squares of all gradients. Waits for the device.
+    pub fn gradient_square_sum(&self, ops: &Ops) -> f64 {
+        ops.square_sum(&self.gradients)
     }
+
+    /// The same parameters in fp64: what the gradients of hand-written code are checked in.
+    #[cfg(test)]
+    pub fn in_double(&self) -> Self {
+        let double = Self::of_kind(self.parameters.clone(), (Kind::Double, self.values.device()));
+        double.values.shallow_clone().copy_(&self.values);
+        double
+    }
+}
+
+/// The length of a buffer that holds these parameters.
+pub fn buffer_len(parameters: &[Parameter]) -> i64 {
+    parameters.iter().map(padded_len).sum()
 }
 
 fn padded_len(parameter: &Parameter) -> i64 {
     (parameter.shape.iter().product::<i64>() + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT
 }
 
-fn views(parameters: &[Parameter], buffer: &Tensor) -> Vec<Tensor> {
+/// Tensors of these shapes, one behind the other in one buffer.
+pub fn views(parameters: &[Parameter], buffer: &Tensor) -> Vec<Tensor> {
     let mut start = 0;
     parameters
         .iter()

@@ -1,5 +1,7 @@
 //! The only unsafe code: what reaches below tch. Each function is safe to call.
 
+pub mod kernels;
+
 use std::{ffi::CStr, fs::File, io, path::Path, path::PathBuf, slice};
 
 use memmap2::Mmap;

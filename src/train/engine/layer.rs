@@ -1,0 +1,248 @@
+//! One decoder layer, forward and backward: x + attention(norm(x)), then + mlp(norm(·)).
+
+use tch::{Device, Kind, Tensor};
+
+use super::{
+    Batch, Recompute,
+    attention::{Attended, Heads, Kernel},
+    projection::{Projection, Shared},
+    scratch::Scratch,
+};
+use crate::train::weights::Place;
+
+pub struct Norm {
+    weight: Place,
+    eps: f64,
+}
+
+impl Norm {
+    pub fn new(weight: Place, eps: f64) -> Self {
+        Self { weight, eps }
+    }
+
+    /// y = norm(x), after x = mid + branch where there is a branch. Keeps 1 / rms(x).
+    pub fn forward(&self, x: &Tensor, sum: Option<(&Tensor, &Tensor)>, y: &Tensor, rstd: &Tensor, shared: &Shared) {
+        let weight = &self.weight.value;
+        match sum {
+            Some((mid, branch)) => shared.ops.rms_norm(mid, Some((branch, x)), weight, self.eps, (y, rstd)),
+            None => shared.ops.rms_norm(x, None, weight, self.eps, (y, rstd)),
+        }
+    }
+
+    /// Adds to the residual stream's gradient what comes through the norm.
+    pub fn backward(&self, dy: &Tensor, x: &Tensor, rstd: &Tensor, stream: &GradientStream, shared: &Shared) {
+        let Place { value, gradient } = &self.weight;
+        shared.ops.rms_norm_backward(dy, (x, rstd, value), &stream.sums, stream.cast.as_ref(), Some(gradient));
+    }
+}
+
+/// The gradient of the residual stream (n, h).
+pub struct GradientStream {
+    pub sums: Tensor,
+    /// The same in the kind of products, where that is another.
+    pub cast: Option<Tensor>,
+}
+
+impl GradientStream {
+    /// What products read.
+    fn products(&self) -> &Tensor {
+        self.cast.as_ref().unwrap_or(&self.sums)
+    }
+}
+
+/// What the backward pass of one layer needs of its forward pass.
+pub struct Kept {
+    /// The residual stream between attention and mlp (n, h).
+    mid: Scratch,
+    rstds: [Scratch; 2],
+    /// Turned queries and keys, and values.
+    qkv: Scratch,
+    attended: Option<Attended>,
+    gate_up: Scratch,
+    /// Only where nothing is computed again: outputs of both norms, and the product of gate and up.
+    normed: [Scratch; 2],
+    product: Scratch,
+}
+
+impl Kept {
+    pub fn new(products: (Kind, Device), sums: (Kind, Device)) -> Self {
+        Self {
+            mid: Scratch::new(sums),
+            rstds: [Scratch::new(sums), Scratch::new(sums)],
+            qkv: Scratch::new(products),
+            attended: None,
+            gate_up: Scratch::new(products),
+            normed: [Scratch::new(products), Scratch::new(products)],
+            product: Scratch::new(products),
+        }
+    }
+}
+
+/// What a pass through the layers needs at one layer at a time.
+pub struct Pass {
+    heads: Heads,
+    kernel: Kernel,
+    recompute: Recompute,
+    rotary: (Tensor, Tensor),
+    /// What attention or mlp adds to the stream (n, h).
+    branch: Scratch,
+    normed: Scratch,
+    product: Scratch,
+    dproduct: Scratch,
+    dqkv: Scratch,
+    dnormed: Scratch,
+    dattended: Scratch,
+}
+
+impl Pass {
+    pub fn new(
+        heads: Heads,
+        kernel: Kernel,
+        recompute: Recompute,
+        rotary: (Tensor, Tensor),
+        products: (Kind, Device),
+    ) -> Self {
+        let scratch = || Scratch::new(products);
+        Self {
+            heads,
+            kernel,
+            recompute,
+            rotary,
+            branch: scratch(),
+            normed: scratch(),
+            product: scratch(),
+            dproduct: scratch(),
+            dqkv: scratch(),
+            dnormed: scratch(),
+            dattended: scratch(),
+        }
+    }
+
+    pub fn branch(&mut self, shape: &[i64]) -> Tensor {
+        self.branch.take(shape)
+    }
+}
+
+pub struct Layer {
+    pub input_norm: Norm,
+    pub post_attention_norm: Norm,
+    pub qkv: Projection,
+    pub output: Projection,
+    pub gate_up: Projection,
+    pub down: Projection,
+}
+
+impl Layer {
+    pub fn projections_mut(&mut self) -> [&mut Projection; 4] {
+        [&mut self.qkv, &mut self.output, &mut self.gate_up, &mut self.down]
+    }
+
+    /// From x (n, h), which is first set to `mid` + the pass's branch where a mid is given. Leaves what the layer adds to
+    /// its own mid, which it returns, in the pass's branch.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        mid: Option<&Tensor>,
+        batch: &Batch,
+        kept: &mut Kept,
+        pass: &mut Pass,
+        shared: &mut Shared,
+    ) -> Tensor {
+        let shape = x.size();
+        let num_tokens = shape[0];
+        let branch = pass.branch.take(&shape);
+
+        let normed = normed(kept, pass, 0, &shape);
+        let rstd = kept.rstds[0].take(&[num_tokens]);
+        self.input_norm.forward(x, mid.map(|mid| (mid, &branch)), &normed, &rstd, shared);
+        let qkv = kept.qkv.take(&[num_tokens, self.qkv.outputs]);
+        self.qkv.forward(&normed, &qkv, batch.masks, shared);
+        pass.rotate(&qkv, batch, false, shared);
+        kept.attended = None;
+        let attended = pass.heads.forward(pass.kernel, &qkv, batch.num_seqs);
+        self.output.forward(&attended.rows(), &branch, batch.masks, shared);
+        kept.attended = Some(attended);
+
+        let normed = self::normed(kept, pass, 1, &shape);
+        let (mid, rstd) = (kept.mid.take(&shape), kept.rstds[1].take(&[num_tokens]));
+        self.post_attention_norm.forward(&mid, Some((x, &branch)), &normed, &rstd, shared);
+        let gate_up = kept.gate_up.take(&[num_tokens, self.gate_up.outputs]);
+        self.gate_up.forward(&normed, &gate_up, batch.masks, shared);
+        let product = product(kept, pass, &[num_tokens, self.down.inputs]);
+        shared.ops.swiglu(&gate_up, &product);
+        self.down.forward(&product, &branch, batch.masks, shared);
+        mid
+    }
+
+    /// Takes the stream's gradient from behind the layer to before it, and adds the gradients of the parameters. What
+    /// was kept is used up.
+    pub fn backward(
+        &self,
+        x: &Tensor,
+        batch: &Batch,
+        kept: &mut Kept,
+        stream: &GradientStream,
+        pass: &mut Pass,
+        shared: &mut Shared,
+    ) {
+        let shape = x.size();
+        let num_tokens = shape[0];
+        let dnormed = pass.dnormed.take(&shape);
+
+        let gate_up = kept.gate_up.take(&[num_tokens, self.gate_up.outputs]);
+        let product = product(kept, pass, &[num_tokens, self.down.inputs]);
+        if pass.recompute != Recompute::None {
+            shared.ops.swiglu(&gate_up, &product);
+        }
+        let dproduct = pass.dproduct.take(&product.size());
+        self.down.backward(&product, stream.products(), &dproduct, batch.masks, shared);
+        shared.ops.swiglu_backward(&dproduct, &gate_up);
+        let (mid, rstd) = (kept.mid.take(&shape), kept.rstds[1].take(&[num_tokens]));
+        let normed = normed(kept, pass, 1, &shape);
+        if pass.recompute != Recompute::None {
+            self.post_attention_norm.forward(&mid, None, &normed, &rstd, shared);
+        }
+        self.gate_up.backward(&normed, &gate_up, &dnormed, batch.masks, shared);
+        self.post_attention_norm.backward(&dnormed, &mid, &rstd, stream, shared);
+
+        let attended = kept.attended.take().expect("the forward pass came first");
+        let dattended = pass.dattended.take(&shape);
+        self.output.backward(&attended.rows(), stream.products(), &dattended, batch.masks, shared);
+        let qkv = kept.qkv.take(&[num_tokens, self.qkv.outputs]);
+        let dqkv = pass.dqkv.take(&qkv.size());
+        pass.heads.backward(pass.kernel, &qkv, &attended, &dattended, &dqkv, batch.num_seqs);
+        drop(attended);
+        pass.rotate(&dqkv, batch, true, shared);
+        let rstd = kept.rstds[0].take(&[num_tokens]);
+        let normed = self::normed(kept, pass, 0, &shape);
+        if pass.recompute != Recompute::None {
+            self.input_norm.forward(x, None, &normed, &rstd, shared);
+        }
+        self.qkv.backward(&normed, &dqkv, &dnormed, batch.masks, shared);
+        self.input_norm.backward(&dnormed, x, &rstd, stream, shared);
+    }
+}
+
+impl Pass {
+    /// Turns queries and keys, or their gradients back.
+    fn rotate(&self, qkv: &Tensor, batch: &Batch, is_backwards: bool, shared: &Shared) {
+        let num_heads = self.heads.num_query + self.heads.num_key_value;
+        let (cos, sin) = &self.rotary;
+        shared.ops.rotate(qkv, num_heads, (cos, sin), batch.sequence_length, is_backwards);
+    }
+}
+
+/// Where the output of one of the two norms goes.
+fn normed(kept: &mut Kept, pass: &mut Pass, which: usize, shape: &[i64]) -> Tensor {
+    match pass.recompute {
+        Recompute::None => kept.normed[which].take(shape),
+        _ => pass.normed.take(shape),
+    }
+}
+
+fn product(kept: &mut Kept, pass: &mut Pass, shape: &[i64]) -> Tensor {
+    match pass.recompute {
+        Recompute::None => kept.product.take(shape),
+        _ => pass.product.take(shape),
+    }
+}

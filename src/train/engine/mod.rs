@@ -1,0 +1,385 @@
+//! The model's forward and backward pass, written out over buffers that are taken once: no autograd, no graph.
+//!
+//! In shapes: b sequences, t positions, n = b·t tokens, h hidden, f intermediate, v vocabulary. Matrix products run in
+//! the product kind; norms, rotations, the residual stream, the loss and all gradients of parameters in the sum kind.
+
+mod attention;
+mod layer;
+mod projection;
+mod quantised;
+mod scratch;
+#[cfg(test)]
+mod tests;
+
+use tch::{Device, Kind, Tensor};
+
+use attention::{Heads, Kernel};
+use layer::{GradientStream, Kept, Layer, Norm, Pass};
+use projection::{Padded, Projection, Shared};
+use scratch::Scratch;
+
+use super::{
+    model::{EMBEDDING, HEAD, linear_path},
+    native::kernels::MaskPlace,
+    ops::{Ops, sum_kind},
+    weights::{Place, Weights},
+};
+use crate::domain::spec::{Linear, ModelSpec, Precision, TrainSpec};
+
+/// Tokens whose logits are in memory at a time.
+const LOSS_CHUNK_TOKENS: i64 = 1_024;
+
+/// Which activations the backward pass computes again. What it computes is the same to the bit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Recompute {
+    None,
+    /// Outputs of norms and products of gates.
+    Cheap,
+    /// Everything but the input of every layer.
+    Layers,
+}
+
+/// How W + sBA is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MergedPlan {
+    /// All of it, refreshed once per update.
+    Resident,
+    /// Made anew for every product.
+    Scratch,
+}
+
+/// How the matrices are kept that the factors update.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FrozenWeights {
+    Full,
+    Int8,
+    Nf4,
+}
+
+/// How the engine computes, beside what.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    pub product_kind: Kind,
+    pub recompute: Recompute,
+    pub plan: MergedPlan,
+    pub frozen_weights: FrozenWeights,
+    pub dropout: f64,
+    /// Sizes of matrices are rounded up to a multiple of this.
+    pub padding: i64,
+    /// Whether fused kernels are left aside where there are some.
+    pub libtorch_alone: bool,
+}
+
+impl Settings {
+    pub fn new(precision: Precision) -> Self {
+        Self {
+            product_kind: match precision {
+                Precision::Fp32 => Kind::Float,
+                Precision::Bf16 => Kind::BFloat16,
+            },
+            recompute: Recompute::Cheap,
+            plan: MergedPlan::Resident,
+            frozen_weights: FrozenWeights::Full,
+            dropout: 0.0,
+            padding: 1,
+            libtorch_alone: false,
+        }
+    }
+
+    /// Those of a run.
+    pub fn of(spec: &TrainSpec) -> Self {
+        let dropout = spec.method.factors().map_or(0.0, |factors| factors.dropout);
+        Self { dropout, ..Self::new(spec.precision) }
+    }
+}
+
+/// What dropout masks depend on: the place of a micro-batch in the whole run's sequence of training rows.
+#[derive(Debug, Clone, Copy)]
+pub struct DropoutPlace {
+    pub seed: i64,
+    pub first_seq: i64,
+}
+
+/// The model over a set of weights. It shares their storage, and follows them when it is told that they changed.
+pub struct Engine {
+    embedding: Embedding,
+    layers: Vec<Layer>,
+    norm: Norm,
+    head: Projection,
+    vocab_size: i64,
+    recompute: Recompute,
+    shared: Shared,
+    pass: Pass,
+    /// The residual stream at every layer's input, and behind the last one.
+    inputs: Vec<Scratch>,
+    /// Of every layer; empty where whole layers are computed again.
+    kept: Vec<Kept>,
+    /// Of a layer that is not gone back through, or computed again for that.
+    passing: Kept,
+    loss: LossBuffers,
+    stream: [Scratch; 2],
+    is_stale: bool,
+}
+
+struct Embedding {
+    value: Tensor, // (v, h)
+    gradient: Option<Tensor>,
+}
+
+/// Memory for what lies behind the layers.
+struct LossBuffers {
+    normed: Scratch,
+    dnormed: Scratch,
+    rstd: Scratch,
+    logits: Scratch,
+    losses: Scratch,
+}
+
+/// A micro-batch, as every part of the model needs it.
+struct Batch {
+    num_seqs: i64,
+    sequence_length: i64,
+    tokens: Tensor,  // (n)
+    targets: Tensor, // (n)
+    /// Where its dropout masks come from; None where nothing is dropped out.
+    masks: Option<MaskPlace>,
+}
+
+impl Engine {
+    /// The model of a run.
+    pub fn of(spec: &TrainSpec, weights: &Weights) -> Self {
+        Self::new(&spec.model, weights, Settings::of(spec))
+    }
+
+    /// # Panics
+    /// If a tensor is missing: weights are made from the same spec.
+    pub fn new(spec: &ModelSpec, weights: &Weights, settings: Settings) -> Self {
+        let device = weights.full_rank.values.device();
+        let products = (settings.product_kind, device);
+        let sums = (sum_kind(settings.product_kind), device);
+        let shared = Shared::new(settings, device);
+        let heads = Heads {
+            num_query: spec.num_attention_heads,
+            num_key_value: spec.num_key_value_heads,
+            dim: spec.head_dim(),
+        };
+        let kernel = match device {
+            Device::Cpu if !settings.libtorch_alone => Kernel::FlashCpu,
+            _ => Kernel::Products,
+        };
+        let layers: Vec<_> = (0..spec.num_hidden_layers).map(|index| layer(spec, weights, index, &shared)).collect();
+        let num_kept = if settings.recompute == Recompute::Layers { 0 } else { layers.len() };
+        let mut engine = Self {
+            embedding: embedding(weights),
+            norm: Norm::new(weights.place("model.norm.weight").expect("a norm trains"), spec.rms_norm_eps),
+            head: head(spec, weights, &shared),
+            vocab_size: spec.vocab_size,
+            recompute: settings.recompute,
+            pass: Pass::new(heads, kernel, settings.recompute, rotary(spec, sums), products),
+            inputs: (0..=layers.len()).map(|_| Scratch::new(sums)).collect(),
+            kept: (0..num_kept).map(|_| Kept::new(products, sums)).collect(),
+            passing: Kept::new(products, sums),
+            loss: LossBuffers {
+                normed: Scratch::new(products),
+                dnormed: Scratch::new(products),
+                rstd: Scratch::new(sums),
+                logits: Scratch::new(products),
+                losses: Scratch::new(sums),
+            },
+            stream: [Scratch::new(sums), Scratch::new(products)],
+            is_stale: true,
+            shared,
+            layers,
+        };
+        engine.frozen_changed();
+        engine
+    }
+
+    pub fn ops(&self) -> &Ops {
+        &self.shared.ops
+    }
+
+    /// To be called after an update: what is computed from the parameters is not theirs any more.
+    pub fn weights_changed(&mut self) {
+        self.is_stale = true;
+    }
+
+    /// To be called after a merge: the frozen matrices are others, too.
+    pub fn frozen_changed(&mut self) {
+        let _guard = tch::no_grad_guard();
+        for projection in self.layers.iter_mut().flat_map(Layer::projections_mut) {
+            projection.refresh_frozen(&self.shared);
+        }
+        self.is_stale = true;
+    }
+
+    /// The summed cross-entropy of rows (b, t + 1), each of which gives t targets, in fp64 on the device. Adds the
+    /// gradients of `scale` times the sum to those of the parameters.
+    pub fn forward_backward(&mut self, rows: &Tensor, scale: f64, place: DropoutPlace) -> Tensor {
+        let _guard = tch::no_grad_guard();
+        let batch = self.begin(rows, Some(place));
+        let mid = self.forward(&batch, true);
+        let loss = self.loss(&batch, &mid, Some(scale));
+        self.backward(&batch);
+        loss
+    }
+
+    /// The summed cross-entropy of rows (b, t + 1), without dropout, in fp64 on the device.
+    pub fn summed_loss(&mut self, rows: &Tensor) -> Tensor {
+        let _guard = tch::no_grad_guard();
+        let batch = self.begin(rows, None);
+        let mid = self.forward(&batch, false);
+        self.loss(&batch, &mid, None)
+    }
+
+    /// The logits (b·t, v) of tokens (b, t), without dropout, in the sum kind.
+    pub fn logits(&mut self, tokens: &Tensor) -> Tensor {
+        let _guard = tch::no_grad_guard();
+        // A last token that is a target alone.
+        let rows = tokens.constant_pad_nd([0, 1]);
+        let batch = self.begin(&rows, None);
+        let mid = self.forward(&batch, false);
+        let (normed, _) = self.final_norm(&mid);
+        let logits = Tensor::empty([batch.tokens.size()[0], self.head.outputs], self.shared.products());
+        self.head.forward(&normed, &logits, None, &mut self.shared);
+        logits.narrow(1, 0, self.vocab_size).to_kind(sum_kind(self.shared.product_kind))
+    }
+
+    fn begin(&mut self, rows: &Tensor, place: Option<DropoutPlace>) -> Batch {
+        if self.is_stale {
+            let projections = self.layers.iter_mut().flat_map(Layer::projections_mut).chain([&mut self.head]);
+            projections.for_each(|projection| projection.refresh(&mut self.shared));
+            self.is_stale = false;
+        }
+        let (num_seqs, length) = rows.size2().expect("rows of tokens");
+        let sequence_length = length - 1;
+        let place = place.filter(|_| self.shared.dropout > 0.0);
+        Batch {
+            num_seqs,
+            sequence_length,
+            tokens: rows.narrow(1, 0, sequence_length).reshape([-1]),
+            targets: rows.narrow(1, 1, sequence_length).reshape([-1]),
+            masks: place.map(|place| MaskPlace {
+                seed: place.seed,
+                first_seq: place.first_seq,
+                matrix: 0,
+                sequence_length,
+            }),
+        }
+    }
+
+    /// Through all layers. What the last one adds to its mid, which is returned, is in the pass's branch.
+    fn forward(&mut self, batch: &Batch, keeps: bool) -> Tensor {
+        let shape = [batch.tokens.size()[0], self.embedding.value.size()[1]];
+        let first = self.inputs[0].take(&shape);
+        let _ = self.embedding.value.index_select_out(&first, 0, &batch.tokens);
+        let mut mid = None;
+        for (index, layer) in self.layers.iter().enumerate() {
+            let x = self.inputs[if keeps { index } else { index % 2 }].take(&shape);
+            let kept = if keeps { self.kept.get_mut(index) } else { None };
+            let kept = kept.unwrap_or(&mut self.passing);
+            mid = Some(layer.forward(&x, mid.as_ref(), batch, kept, &mut self.pass, &mut self.shared));
+        }
+        mid.expect("a model has a layer")
+    }
+
+    /// The normed end of the residual stream, and 1 / rms of it.
+    fn final_norm(&mut self, mid: &Tensor) -> (Tensor, Tensor) {
+        let shape = mid.size();
+        let x = self.inputs[self.layers.len()].take(&shape);
+        let (normed, rstd) = (self.loss.normed.take(&shape), self.loss.rstd.take(&shape[..1]));
+        let branch = self.pass.branch(&shape);
+        self.norm.forward(&x, Some((mid, &branch)), &normed, &rstd, &self.shared);
+        (normed, rstd)
+    }
+
+    /// The summed loss, in chunks of tokens: all logits together would be the largest thing in memory. With a scale,
+    /// the gradients follow each chunk at once.
+    fn loss(&mut self, batch: &Batch, mid: &Tensor, scale: Option<f64>) -> Tensor {
+        let (normed, _) = self.final_norm(mid);
+        let num_tokens = normed.size()[0];
+        let losses = self.loss.losses.take(&[num_tokens]);
+        let dnormed = scale.map(|_| self.loss.dnormed.take(&normed.size()));
+        for start in (0..num_tokens).step_by(LOSS_CHUNK_TOKENS as usize) {
+            let chunk = |tensor: &Tensor| tensor.narrow(0, start, LOSS_CHUNK_TOKENS.min(num_tokens - start));
+            let normed = chunk(&normed);
+            let logits = self.loss.logits.take(&[normed.size()[0], self.head.outputs]);
+            self.head.forward(&normed, &logits, None, &mut self.shared);
+            let (targets, losses) = (chunk(&batch.targets), chunk(&losses));
+            self.shared.ops.cross_entropy(&logits, self.vocab_size, &targets, scale, &losses);
+            if let Some(dnormed) = &dnormed {
+                self.head.backward(&normed, &logits, &chunk(dnormed), None, &mut self.shared);
+            }
+        }
+        losses.sum(Kind::Double)
+    }
+
+    /// Back through everything before the head, whose gradient the loss has left.
+    fn backward(&mut self, batch: &Batch) {
+        let shape = [batch.tokens.size()[0], self.embedding.value.size()[1]];
+        let [sums, cast] = &mut self.stream;
+        let casts = self.shared.product_kind != self.embedding.value.kind();
+        let stream = GradientStream { sums: sums.take(&shape).zero_(), cast: casts.then(|| cast.take(&shape)) };
+        let (dnormed, rstd) = (self.loss.dnormed.take(&shape), self.loss.rstd.take(&shape[..1]));
+        let end = self.inputs[self.layers.len()].take(&shape);
+        self.norm.backward(&dnormed, &end, &rstd, &stream, &self.shared);
+        for (index, layer) in self.layers.iter().enumerate().rev() {
+            let x = self.inputs[index].take(&shape);
+            let kept = self.kept.get_mut(index).unwrap_or(&mut self.passing);
+            if self.recompute == Recompute::Layers {
+                let _ = layer.forward(&x, None, batch, kept, &mut self.pass, &mut self.shared);
+            }
+            layer.backward(&x, batch, kept, &stream, &mut self.pass, &mut self.shared);
+        }
+        if let Some(gradient) = &self.embedding.gradient {
+            self.shared.ops.embedding_backward(&batch.tokens, &stream.sums, gradient);
+        }
+    }
+}
+
+fn layer(spec: &ModelSpec, weights: &Weights, index: i64, shared: &Shared) -> Layer {
+    let norm = |name: &str| {
+        let place = weights.place(&format!("model.layers.{index}.{name}.weight"));
+        Norm::new(place.expect("a norm trains"), spec.rms_norm_eps)
+    };
+    let shapes = spec.linear_shapes();
+    let intermediate = shared.padded(spec.intermediate_size);
+    let projection = |linears: &[usize], padded: Padded| {
+        let matrix = |&linear: &usize| weights.matrix(&linear_path(index, Linear::ALL[linear]), shapes[linear]);
+        Projection::new(linears.iter().map(matrix).collect(), 7 * index + linears[0] as i64, padded, shared)
+    };
+    let as_they_are = Padded { rows: None, inputs: spec.hidden_size };
+    Layer {
+        input_norm: norm("input_layernorm"),
+        post_attention_norm: norm("post_attention_layernorm"),
+        qkv: projection(&[0, 1, 2], as_they_are),
+        output: projection(&[3], as_they_are),
+        gate_up: projection(&[4, 5], Padded { rows: Some(intermediate), ..as_they_are }),
+        down: projection(&[6], Padded { rows: None, inputs: intermediate }),
+    }
+}
+
+fn head(spec: &ModelSpec, weights: &Weights, shared: &Shared) -> Projection {
+    let name = if spec.tie_word_embeddings { EMBEDDING } else { HEAD };
+    let shape = (spec.vocab_size, spec.hidden_size);
+    let matrix = weights.matrix(name.trim_end_matches(".weight"), shape);
+    let padded = Padded { rows: Some(shared.padded(spec.vocab_size)), inputs: spec.hidden_size };
+    Projection::new(vec![matrix], 7 * spec.num_hidden_layers, padded, shared)
+}
+
+fn embedding(weights: &Weights) -> Embedding {
+    match weights.place(EMBEDDING) {
+        Some(Place { value, gradient }) => Embedding { value, gradient: Some(gradient) },
+        None => Embedding { value: weights.master(EMBEDDING).expect("a model has an embedding"), gradient: None },
+    }
+}
+
+/// Cosines and sines of rotary position embedding in the half-split form: element i is turned together with element
+/// i + d/2. Both (positions, d/2).
+fn rotary(spec: &ModelSpec, sums: (Kind, Device)) -> (Tensor, Tensor) {
+    let dim = spec.head_dim();
+    let frequencies: Vec<_> = (0..dim / 2).map(|i| spec.rope_theta.powf(-2.0 * i as f64 / dim as f64) as f32).collect();
+    let positions = Tensor::arange(spec.max_position_embeddings, sums);
+    let angles = positions.outer(&Tensor::from_slice(&frequencies).to_kind(sums.0).to_device(sums.1));
+    (angles.cos(), angles.sin())
+}

@@ -1,0 +1,427 @@
+//! Matrices that share an input, multiplied as one: x ↦ x Wᵀ, where the rows of W are those of one matrix after the
+//! other, each trained, or frozen with low-rank factors, or the product of its factors alone.
+//!
+//! Without dropout the factors are added to their matrix, W + sBA, and the product is that of one matrix; the gradients
+//! of A and B come from products with r columns and never from that of W (RunLoRA, arXiv 2312.03415). With dropout the
+//! factors' branch sees another input and is computed beside.
+//!
+//! In shapes: n tokens, i inputs, o outputs of one matrix, O of all together, r rank, R of all together.
+
+use tch::{Device, Kind, Tensor};
+
+use super::{FrozenWeights, MergedPlan, Settings, quantised::Quantised, scratch::Scratch};
+use crate::train::{
+    native::kernels::MaskPlace,
+    ops::Ops,
+    weights::{Factors, Matrix, Place},
+};
+
+/// What all projections of a model share: the operations, and memory for what does not outlive a product.
+pub struct Shared {
+    pub ops: Ops,
+    pub product_kind: Kind,
+    pub dropout: f64,
+    device: Device,
+    plan: MergedPlan,
+    frozen_weights: FrozenWeights,
+    padding: i64,
+    weight: Scratch,
+    delta: Scratch,
+    gradient: Scratch,
+    masked: Scratch,
+    low: Scratch,
+    dlow: Scratch,
+}
+
+impl Shared {
+    pub fn new(settings: Settings, device: Device) -> Self {
+        let scratch = || Scratch::new((settings.product_kind, device));
+        Self {
+            ops: match settings.libtorch_alone {
+                true => Ops::libtorch(settings.product_kind),
+                false => Ops::new(settings.product_kind, device),
+            },
+            product_kind: settings.product_kind,
+            dropout: settings.dropout,
+            device,
+            plan: settings.plan,
+            frozen_weights: settings.frozen_weights,
+            padding: settings.padding,
+            weight: scratch(),
+            delta: scratch(),
+            gradient: scratch(),
+            masked: scratch(),
+            low: scratch(),
+            dlow: scratch(),
+        }
+    }
+
+    pub fn products(&self) -> (Kind, Device) {
+        (self.product_kind, self.device)
+    }
+
+    /// The size of a matrix with padding.
+    pub fn padded(&self, len: i64) -> i64 {
+        (len + self.padding - 1) / self.padding * self.padding
+    }
+
+    /// sum += left · right, in the kind of the sum.
+    fn add_product(&mut self, left: &Tensor, right: &Tensor, sum: &Tensor) {
+        if sum.kind() == self.product_kind {
+            let _ = sum.shallow_clone().addmm_(left, right);
+        } else {
+            let product = self.gradient.take(&sum.size());
+            multiply(left, right, &product);
+            self.ops.accumulate(&product, sum);
+        }
+    }
+}
+
+/// One matrix among those of a projection.
+struct Member {
+    /// Where its rows begin among the padded rows of all, and how many they are without and with padding.
+    start: i64,
+    rows: i64,
+    padded_rows: i64,
+    columns: i64,
+    base: Base,
+    factors: Option<MemberFactors>,
+    /// Its number among all of the model, which its dropout masks depend on.
+    number: i64,
+}
+
+enum Base {
+    Trained(Place),
+    Frozen { master: Tensor, quantised: Option<Quantised> },
+    /// The factors stand in its place.
+    Absent,
+}
+
+struct MemberFactors {
+    factors: Factors,
+    /// Where its rows begin among those of all A.
+    start: i64,
+    rank: i64,
+    /// B in the kind of products (o, r).
+    b: Tensor,
+}
+
+pub struct Projection {
+    members: Vec<Member>,
+    /// Padded.
+    pub inputs: i64,
+    pub outputs: i64,
+    /// What forward multiplies with (O, i): the parameters themselves, or a copy that follows them. None where it is
+    /// made anew for every product.
+    weight: Option<Tensor>,
+    is_alias: bool,
+    /// All A, one below the other, in the kind of products (R, i).
+    a: Option<Tensor>,
+}
+
+/// The sizes of matrices with padding: products are quicker where rows begin at round addresses.
+#[derive(Debug, Clone, Copy)]
+pub struct Padded {
+    /// Of each matrix; as it is if None.
+    pub rows: Option<i64>,
+    pub inputs: i64,
+}
+
+impl Member {
+    /// Whether it is kept in few bits: the matrices that the factors update are.
+    fn is_quantised(&self, shared: &Shared) -> bool {
+        let is_frozen = matches!(self.base, Base::Frozen { .. }) && self.factors.is_some();
+        is_frozen && shared.frozen_weights != FrozenWeights::Full
+    }
+}
+
+impl Projection {
+    /// Of matrices with the same number of inputs, numbered from `number` on. Nothing is computed before `refresh`.
+    pub fn new(matrices: Vec<Matrix>, number: i64, padded: Padded, shared: &Shared) -> Self {
+        let inputs = padded.inputs;
+        let (mut outputs, mut ranks) = (0, 0);
+        let members: Vec<_> = matrices
+            .into_iter()
+            .zip(number..)
+            .map(|(matrix, number)| {
+                let (start, padded_rows) = (outputs, padded.rows.unwrap_or(matrix.rows));
+                outputs += padded_rows;
+                let factors = matrix.factors.map(|factors| {
+                    let rank = factors.a.value.size()[0];
+                    let start = ranks;
+                    ranks += rank;
+                    let b = in_kind(&factors.b.value, shared.product_kind);
+                    MemberFactors { factors, start, rank, b }
+                });
+                let base = match (matrix.place, matrix.master) {
+                    (Some(place), _) => Base::Trained(place),
+                    (None, Some(master)) => Base::Frozen { master, quantised: None },
+                    (None, None) => Base::Absent,
+                };
+                Member { start, rows: matrix.rows, padded_rows, columns: matrix.columns, base, factors, number }
+            })
+            .collect();
+        let mut projection =
+            Self { members, inputs, outputs, weight: None, is_alias: false, a: None };
+        if ranks > 0 {
+            projection.a = Some(Tensor::zeros([ranks, inputs], shared.products()));
+        }
+        projection.weight = projection.alias(shared);
+        projection.is_alias = projection.weight.is_some();
+        let is_quantised = projection.members.iter().any(|member| member.is_quantised(shared));
+        if projection.has_dense() && !projection.is_alias && shared.plan == MergedPlan::Resident && !is_quantised {
+            projection.weight = Some(Tensor::zeros([outputs, inputs], shared.products()));
+        }
+        projection
+    }
+
+    /// Whether the factors are added to their matrices.
+    fn merges(shared: &Shared) -> bool {
+        shared.dropout == 0.0
+    }
+
+    /// Whether there is a product of all inputs with all outputs: not where the factors are all there is.
+    fn has_dense(&self) -> bool {
+        self.members.iter().any(|member| !matches!(member.base, Base::Absent))
+    }
+
+    /// The parameters themselves, where they can be multiplied with as they lie.
+    fn alias(&self, shared: &Shared) -> Option<Tensor> {
+        if self.inputs != self.members[0].columns {
+            return None;
+        }
+        let mut end = None;
+        for member in &self.members {
+            let matrix = match &member.base {
+                Base::Trained(place) => &place.value,
+                Base::Frozen { master, .. }
+                    if !(member.factors.is_some() && Self::merges(shared)) && !member.is_quantised(shared) =>
+                {
+                    master
+                }
+                _ => return None,
+            };
+            let is_next = end.is_none_or(|end| end == matrix.data_ptr());
+            if !is_next || matrix.kind() != shared.product_kind || member.padded_rows != member.rows {
+                return None;
+            }
+            end = Some(matrix.data_ptr().wrapping_byte_add(matrix.numel() * matrix.kind().elt_size_in_bytes()));
+        }
+        let first = match &self.members[0].base {
+            Base::Trained(place) => &place.value,
+            Base::Frozen { master, .. } => master,
+            Base::Absent => return None,
+        };
+        Some(first.as_strided([self.outputs, self.inputs], [self.inputs, 1], None))
+    }
+
+    /// Brings the copies in step with the parameters, after these have changed.
+    pub fn refresh(&mut self, shared: &mut Shared) {
+        for member in &mut self.members {
+            if let Some(MemberFactors { factors, start, rank, b }) = &member.factors {
+                let a = self.a.as_ref().map(|a| a.narrow(0, *start, *rank).narrow(1, 0, member.columns));
+                a.into_iter().for_each(|mut a| a.copy_(&factors.a.value));
+                if b.data_ptr() != factors.b.value.data_ptr() {
+                    b.shallow_clone().copy_(&factors.b.value);
+                }
+            }
+        }
+        if let (Some(weight), false) = (&self.weight, self.is_alias) {
+            self.write_weight(weight, shared);
+        }
+    }
+
+    /// Quantises the frozen matrices, after these have changed.
+    pub fn refresh_frozen(&mut self, shared: &Shared) {
+        for member in self.members.iter_mut().filter(|member| member.is_quantised(shared)) {
+            if let Base::Frozen { master, quantised } = &mut member.base {
+                *quantised = Quantised::of(master, shared.frozen_weights, shared.device);
+            }
+        }
+    }
+
+    /// Bytes that the frozen matrices take on the device beside the parameters.
+    pub fn frozen_bytes(&self) -> i64 {
+        let of_member = |member: &Member| match &member.base {
+            Base::Frozen { quantised: Some(quantised), .. } => quantised.bytes(),
+            _ => 0,
+        };
+        self.members.iter().map(of_member).sum()
+    }
+
+    /// The matrix to multiply with.
+    fn weight(&self, shared: &mut Shared) -> Tensor {
+        if let Some(weight) = &self.weight {
+            return weight.shallow_clone();
+        }
+        let weight = shared.weight.take(&[self.outputs, self.inputs]);
+        if shared.padding > 1 {
+            let _ = weight.shallow_clone().zero_();
+        }
+        self.write_weight(&weight, shared);
+        weight
+    }
+
+    fn write_weight(&self, weight: &Tensor, shared: &mut Shared) {
+        for member in &self.members {
+            let to = weight.narrow(0, member.start, member.rows).narrow(1, 0, member.columns);
+            let merged = member.factors.as_ref().filter(|_| Self::merges(shared));
+            match (&member.base, merged) {
+                (Base::Trained(place), _) => to.shallow_clone().copy_(&place.value),
+                (Base::Absent, None) => {
+                    let _ = to.shallow_clone().zero_();
+                }
+                (Base::Absent, Some(factors)) => {
+                    let _ = to.shallow_clone().copy_(&(factors.b.mm(&self.a_of(factors, member.columns)) * factors.factors.scale));
+                }
+                (Base::Frozen { master, quantised }, merged) => {
+                    let delta = shared.delta.take(&[member.rows, member.columns]);
+                    let scale = match merged {
+                        Some(factors) => {
+                            let a = self.a_of(factors, member.columns);
+                            multiply(&factors.b, &a, &delta);
+                            factors.factors.scale
+                        }
+                        None => {
+                            let _ = delta.shallow_clone().zero_();
+                            0.0
+                        }
+                    };
+                    let to_rows = if to.is_contiguous() { to.shallow_clone() } else { delta.shallow_clone() };
+                    match quantised {
+                        Some(quantised) => quantised.add_scaled(&shared.ops, &delta, scale, &to_rows),
+                        None => shared.ops.add_scaled(master, &delta, scale, &to_rows),
+                    }
+                    if !to.is_contiguous() {
+                        to.shallow_clone().copy_(&to_rows);
+                    }
+                }
+            }
+        }
+    }
+
+    /// A of one matrix (r, i), without padding.
+    fn a_of(&self, factors: &MemberFactors, columns: i64) -> Tensor {
+        let a = self.a.as_ref().expect("matrices with factors have an A");
+        a.narrow(0, factors.start, factors.rank).narrow(1, 0, columns)
+    }
+
+    /// y (n, O) = x Wᵀ of x (n, i).
+    pub fn forward(&self, x: &Tensor, y: &Tensor, place: Option<MaskPlace>, shared: &mut Shared) {
+        if self.has_dense() {
+            multiply(x, &self.weight(shared).tr(), y);
+        } else if shared.padding > 1 {
+            let _ = y.shallow_clone().zero_();
+        }
+        for (member, factors) in self.branches(shared) {
+            let x = Self::masked_input(member, x, place, shared);
+            let low = shared.low.take(&[x.size()[0], factors.rank]);
+            multiply(&x, &self.a_of(factors, self.inputs).tr(), &low);
+            let _ = low.shallow_clone().g_mul_scalar_(factors.factors.scale);
+            let mut y = y.narrow(1, member.start, member.rows);
+            if matches!(member.base, Base::Absent) {
+                multiply(&low, &factors.b.tr(), &y);
+            } else {
+                let _ = y.addmm_(&low, &factors.b.tr());
+            }
+        }
+    }
+
+    /// From dy (n, O): adds the gradients of the parameters, and sets dx (n, i).
+    pub fn backward(&self, x: &Tensor, dy: &Tensor, dx: &Tensor, place: Option<MaskPlace>, shared: &mut Shared) {
+        if self.has_dense() {
+            multiply(dy, &self.weight(shared), dx);
+        } else {
+            let _ = dx.shallow_clone().zero_();
+        }
+        for member in &self.members {
+            if let Base::Trained(Place { gradient, .. }) = &member.base {
+                let (dy, x) = (dy.narrow(1, member.start, member.rows), x.narrow(1, 0, member.columns));
+                shared.add_product(&dy.tr(), &x, gradient);
+            }
+        }
+        if Self::merges(shared) && self.has_dense() {
+            self.merged_factors_backward(x, dy, shared);
+        } else {
+            self.branches_backward(x, dy, dx, place, shared);
+        }
+    }
+
+    /// With h = s·x Aᵀ and g = s·dy B: dB += dyᵀ h and dA += gᵀ x.
+    fn merged_factors_backward(&self, x: &Tensor, dy: &Tensor, shared: &mut Shared) {
+        let Some(a) = &self.a else { return };
+        let num_tokens = x.size()[0];
+        let low = shared.low.take(&[num_tokens, a.size()[0]]);
+        multiply(x, &a.tr(), &low);
+        for member in &self.members {
+            let Some(MemberFactors { factors, start, rank, b }) = &member.factors else { continue };
+            let dy = dy.narrow(1, member.start, member.rows);
+            let mut low = low.narrow(1, *start, *rank);
+            let _ = low.g_mul_scalar_(factors.scale);
+            shared.add_product(&dy.tr(), &low, &factors.b.gradient);
+            let dlow = shared.dlow.take(&[num_tokens, *rank]);
+            multiply(&dy, b, &dlow);
+            let _ = dlow.shallow_clone().g_mul_scalar_(factors.scale);
+            shared.add_product(&dlow.tr(), &x.narrow(1, 0, member.columns), &factors.a.gradient);
+        }
+    }
+
+    /// The same where the branch sees an input of its own, and dx has its part from there.
+    fn branches_backward(&self, x: &Tensor, dy: &Tensor, dx: &Tensor, place: Option<MaskPlace>, shared: &mut Shared) {
+        let num_tokens = x.size()[0];
+        for (member, factors) in self.branches(shared) {
+            let MemberFactors { factors, rank, b, .. } = factors;
+            let a = self.a_of(member.factors.as_ref().expect("a branch has factors"), self.inputs);
+            let dy = dy.narrow(1, member.start, member.rows);
+            let input = Self::masked_input(member, x, place, shared);
+            let low = shared.low.take(&[num_tokens, *rank]);
+            multiply(&input, &a.tr(), &low);
+            let _ = low.shallow_clone().g_mul_scalar_(factors.scale);
+            shared.add_product(&dy.tr(), &low, &factors.b.gradient);
+            let dlow = shared.dlow.take(&[num_tokens, *rank]);
+            multiply(&dy, b, &dlow);
+            let _ = dlow.shallow_clone().g_mul_scalar_(factors.scale);
+            shared.add_product(&dlow.tr(), &input.narrow(1, 0, member.columns), &factors.a.gradient);
+            match place.filter(|_| shared.dropout > 0.0) {
+                Some(place) => {
+                    multiply(&dlow, &a, &input);
+                    let place = MaskPlace { matrix: member.number, ..place };
+                    shared.ops.dropout((&input, member.columns), 1.0 - shared.dropout, place, true, dx);
+                }
+                None => {
+                    let _ = dx.shallow_clone().addmm_(&dlow, &a);
+                }
+            }
+        }
+    }
+
+    /// The matrices whose factors are computed beside them.
+    fn branches<'a>(&'a self, shared: &Shared) -> impl Iterator<Item = (&'a Member, &'a MemberFactors)> + use<'a> {
+        let is_merged = Self::merges(shared) && self.has_dense();
+        let members = self.members.iter().filter(move |_| !is_merged);
+        members.filter_map(|member| Some((member, member.factors.as_ref()?)))
+    }
+
+    /// What the branch of a matrix sees: x, or x with some elements dropped out.
+    fn masked_input(member: &Member, x: &Tensor, place: Option<MaskPlace>, shared: &mut Shared) -> Tensor {
+        match place.filter(|_| shared.dropout > 0.0) {
+            Some(place) => {
+                let masked = shared.masked.take(&x.size());
+                let place = MaskPlace { matrix: member.number, ..place };
+                shared.ops.dropout((x, member.columns), 1.0 - shared.dropout, place, false, &masked);
+                masked
+            }
+            None => x.shallow_clone(),
+        }
+    }
+}
+
+/// out = left · right.
+fn multiply(left: &Tensor, right: &Tensor, out: &Tensor) {
+    let _ = left.mm_out(out, right);
+}
+
+/// The tensor itself, or one like it in another kind.
+fn in_kind(tensor: &Tensor, kind: Kind) -> Tensor {
+    if tensor.kind() == kind { tensor.shallow_clone() } else { tensor.to_kind(kind) }
+}

@@ -1,0 +1,238 @@
+//! The engine against the model in plain autograd, and against itself under every setting that must not matter.
+
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+use super::{DropoutPlace, Engine, FrozenWeights, MergedPlan, Recompute, Settings};
+use crate::{
+    domain::spec::TrainSpec,
+    train::{
+        oracle::Oracle,
+        random::{Draws, Purpose},
+        relora::Wrapping,
+        test_support::{VOCAB_SIZE, method, spec},
+        weights::Weights,
+    },
+};
+
+const PLACE: DropoutPlace = DropoutPlace { seed: 3, first_seq: 70 };
+
+/// Every way in which a model can be made of matrices and factors.
+fn models() -> Vec<Value> {
+    let relora = |change: Value| json!({"method": method(change)});
+    let factorized = |targets: Value, dropout: f64| {
+        json!({"method": {
+            "type": "factorized", "rank": 3, "scale": 2.0, "dropout": dropout, "target_modules": targets,
+            "train_embeddings": true, "train_head": true,
+        }})
+    };
+    let all = json!(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]);
+    let grouped = json!({"num_key_value_heads": 2, "tie_word_embeddings": true});
+    vec![
+        json!({"method": {"type": "full"}}),
+        json!({"method": {"type": "full"}, "model": grouped}),
+        relora(json!({})),
+        json!({"method": method(json!({})), "model": grouped}),
+        relora(json!({"target_modules": ["q_proj", "v_proj", "up_proj"], "train_embeddings": false})),
+        relora(json!({"target_modules": ["down_proj", "o_proj"], "train_head": false})),
+        relora(json!({"dropout": 0.3})),
+        relora(json!({"dropout": 0.3, "target_modules": ["k_proj", "gate_proj", "down_proj"]})),
+        factorized(all.clone(), 0.0),
+        factorized(all, 0.2),
+        factorized(json!(["q_proj", "down_proj"]), 0.0),
+        factorized(json!(["v_proj", "up_proj"]), 0.2),
+    ]
+}
+
+fn settings(spec: &TrainSpec, product_kind: Kind) -> Settings {
+    Settings { product_kind, ..Settings::of(spec) }
+}
+
+/// Settings that may change how a result comes about and nothing else.
+fn every_setting(base: Settings) -> Vec<Settings> {
+    let mut all = Vec::new();
+    for recompute in [Recompute::None, Recompute::Cheap, Recompute::Layers] {
+        for plan in [MergedPlan::Resident, MergedPlan::Scratch] {
+            all.push(Settings { recompute, plan, ..base });
+        }
+        all.push(Settings { recompute, padding: 7, ..base });
+    }
+    all.push(Settings { padding: 16, plan: MergedPlan::Scratch, ..base });
+    all
+}
+
+/// Weights as they are in the middle of a low-rank phase, or of a full-rank run: no factor is zero.
+fn weights(spec: &TrainSpec) -> Weights {
+    tch::set_num_threads(1);
+    let mut weights = Weights::initial(spec, Device::Cpu);
+    if let (Some(wrapping), None) = (Wrapping::of(spec), &weights.low_rank) {
+        wrapping.wrap(&mut weights);
+    }
+    for (number, group) in (0..).zip(weights.groups()) {
+        let noise = Draws::new(5, Purpose::Weights, [1, number]).normal(group.values.numel(), 0.05);
+        let mut values = group.values.shallow_clone();
+        values += Tensor::from_slice(&noise);
+    }
+    weights
+}
+
+fn rows() -> Tensor {
+    let words = (0..4 * 9).map(|n| i64::from(Draws::new(8, Purpose::Weights, [2, n]).block(0)[0]) % VOCAB_SIZE);
+    Tensor::from_slice(&words.collect::<Vec<_>>()).view([4, 9])
+}
+
+/// The loss, and every gradient by name.
+fn gradients(spec: &TrainSpec, weights: &Weights, settings: Settings) -> (f64, Vec<(String, Tensor)>) {
+    weights.groups().for_each(|group| drop(group.gradients.shallow_clone().zero_()));
+    let mut engine = Engine::new(&spec.model, weights, settings);
+    let loss = engine.forward_backward(&rows(), 0.125, PLACE).double_value(&[]);
+    let named = weights.groups().flat_map(|group| group.names().map(str::to_owned).zip(group.views(&group.gradients)));
+    (loss, named.map(|(name, gradient)| (name, gradient.copy())).collect())
+}
+
+/// The largest difference of any gradient, relative to the largest element of its tensor.
+fn largest_error(got: &[(String, Tensor)], want: &std::collections::BTreeMap<String, Tensor>) -> (f64, String) {
+    assert_eq!(got.len(), want.len());
+    let error = |(name, gradient): &(String, Tensor)| {
+        let want = &want[name];
+        let scale = want.abs().max().double_value(&[]);
+        assert!(scale > 0.0, "{name} has no gradient to compare with");
+        ((gradient - want).abs().max().double_value(&[]) / scale, name.clone())
+    };
+    got.iter().map(error).max_by(|a, b| a.0.total_cmp(&b.0)).expect("a gradient")
+}
+
+fn assert_equals_oracle(spec: &TrainSpec, weights: &Weights, settings: Settings, tolerance: f64) {
+    let oracle = Oracle::new(&spec.model, weights, settings.product_kind, settings.dropout);
+    let (want_loss, want) = oracle.loss_and_gradients(&rows(), 0.125, PLACE);
+    let (loss, got) = gradients(spec, weights, settings);
+    let (error, name) = largest_error(&got, &want);
+    let what = format!("{:?}, {settings:?}", spec.method);
+    assert!(error < tolerance, "{name} is off by {error:e}: {what}");
+    assert!((loss / want_loss - 1.0).abs() < tolerance, "{loss}, not {want_loss}: {what}");
+}
+
+#[test]
+fn every_gradient_equals_that_of_autograd_in_fp64() {
+    for patch in models() {
+        let spec = spec(patch);
+        let weights = weights(&spec).in_double();
+        for settings in every_setting(settings(&spec, Kind::Double)) {
+            assert_equals_oracle(&spec, &weights, settings, 1e-8);
+            if settings.dropout == 0.0 {
+                assert_equals_oracle(&spec, &weights, Settings { libtorch_alone: true, ..settings }, 1e-8);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_gradient_equals_that_of_autograd_in_fp32() {
+    for patch in models() {
+        let spec = spec(patch);
+        let weights = weights(&spec);
+        for settings in every_setting(settings(&spec, Kind::Float)) {
+            assert_equals_oracle(&spec, &weights, settings, 1e-5);
+        }
+    }
+}
+
+#[test]
+fn in_bf16_every_gradient_is_near_that_of_fp32() {
+    for patch in models() {
+        let spec = spec(patch);
+        let weights = weights(&spec);
+        let (want_loss, want) =
+            Oracle::new(&spec.model, &weights, Kind::Float, settings(&spec, Kind::Float).dropout)
+                .loss_and_gradients(&rows(), 0.125, PLACE);
+        for settings in every_setting(settings(&spec, Kind::BFloat16)) {
+            for libtorch_alone in [false, settings.dropout == 0.0] {
+                let (loss, got) = gradients(&spec, &weights, Settings { libtorch_alone, ..settings });
+                let (error, name) = largest_error(&got, &want);
+                assert!(error < 0.06, "{name} is off by {error}: {:?}, {settings:?}", spec.method);
+                assert!((loss / want_loss - 1.0).abs() < 3e-3, "{loss}, not {want_loss}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_computed_again_changes_no_bit() {
+    for patch in models() {
+        let spec = spec(patch);
+        let weights = weights(&spec);
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let of = |recompute| gradients(&spec, &weights, Settings { recompute, ..settings(&spec, kind) });
+            let (loss, want) = of(Recompute::None);
+            for recompute in [Recompute::Cheap, Recompute::Layers] {
+                let (other_loss, got) = of(recompute);
+                assert!(loss.to_bits() == other_loss.to_bits());
+                assert!(want.iter().zip(&got).all(|((_, want), (_, got))| want.equal(got)), "{recompute:?} {kind:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_plan_of_merged_weights_changes_no_bit() {
+    let spec = spec(json!({}));
+    let weights = weights(&spec);
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let of = |plan| gradients(&spec, &weights, Settings { plan, ..settings(&spec, kind) });
+        let ((_, resident), (_, scratch)) = (of(MergedPlan::Resident), of(MergedPlan::Scratch));
+        assert!(resident.iter().zip(&scratch).all(|((_, a), (_, b))| a.equal(b)), "{kind:?}");
+    }
+}
+
+#[test]
+fn quantised_weights_compute_with_what_they_stand_for() {
+    for (format, bound) in [(FrozenWeights::Int8, 1.0 / 127.0), (FrozenWeights::Nf4, 0.16)] {
+        let spec = spec(json!({}));
+        let weights = weights(&spec).in_double();
+        let stands_for = weights.in_double();
+        let ops = super::Ops::libtorch(Kind::Double);
+        for frozen in &stands_for.low_rank.as_ref().expect("wrapped").frozen {
+            let master = frozen.master.copy();
+            let quantised = super::quantised::Quantised::of(&master, format, Device::Cpu).expect("a format of few bits");
+            quantised.add_scaled(&ops, &master.zeros_like(), 0.0, &frozen.master);
+            let error = (&frozen.master - &master).abs().max().double_value(&[]);
+            assert!(error > 0.0 && error <= bound * master.abs().max().double_value(&[]), "{format:?} is off by {error}");
+        }
+        let oracle = Oracle::new(&spec.model, &copy_trained(&weights, stands_for), Kind::Double, 0.0);
+        let (_, want) = oracle.loss_and_gradients(&rows(), 0.125, PLACE);
+        for libtorch_alone in [false, true] {
+            let settings = Settings { frozen_weights: format, libtorch_alone, ..settings(&spec, Kind::Double) };
+            let (error, name) = largest_error(&gradients(&spec, &weights, settings).1, &want);
+            assert!(error < 1e-8, "{format:?}: {name} is off by {error:e}");
+        }
+    }
+}
+
+fn copy_trained(from: &Weights, to: Weights) -> Weights {
+    for (from, to) in from.groups().zip(to.groups()) {
+        to.values.shallow_clone().copy_(&from.values);
+    }
+    to
+}
+
+#[test]
+fn evaluation_gives_the_loss_that_training_gives() {
+    for patch in models().into_iter().take(6) {
+        let spec = spec(patch);
+        let weights = weights(&spec);
+        let mut engine = Engine::new(&spec.model, &weights, settings(&spec, Kind::Float));
+        let trained = engine.forward_backward(&rows(), 1.0, PLACE).double_value(&[]);
+        assert_eq!(engine.summed_loss(&rows()).double_value(&[]).to_bits(), trained.to_bits());
+    }
+}
+
+#[test]
+fn a_smaller_micro_batch_after_a_larger_one_finds_nothing_of_it() {
+    let spec = spec(json!({}));
+    let weights = weights(&spec);
+    let few = rows().narrow(0, 1, 2);
+    let fresh = Engine::of(&spec, &weights).summed_loss(&few).double_value(&[]);
+    let mut engine = Engine::of(&spec, &weights);
+    let _ = engine.forward_backward(&rows(), 1.0, PLACE);
+    assert_eq!(engine.summed_loss(&few).double_value(&[]).to_bits(), fresh.to_bits());
+}
