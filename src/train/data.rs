@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use memmap2::Mmap;
+use memmap2::{Advice, Mmap};
 use tch::{Device, Tensor};
 
 use super::{
@@ -70,12 +70,20 @@ impl Dataset {
     /// Training rows from the `first_seq`-th of the run on, (num_seqs, S). Every pass over the data has an order of its
     /// own.
     pub fn training_rows(&self, first_seq: i64, num_seqs: i64, device: Device) -> Tensor {
+        self.train.rows(self.row_numbers(first_seq, num_seqs), device)
+    }
+
+    /// Has the rows read from the disk that `training_rows` will be asked for, while something else is computed.
+    pub fn prefetch(&self, first_seq: i64, num_seqs: i64) {
+        self.row_numbers(first_seq, num_seqs).for_each(|row| self.train.prefetch(row));
+    }
+
+    fn row_numbers(&self, first_seq: i64, num_seqs: i64) -> impl Iterator<Item = i64> {
         let num_rows = self.train.num_rows;
-        let rows = (first_seq..first_seq + num_seqs).map(|seq| {
+        (first_seq..first_seq + num_seqs).map(move |seq| {
             let order = Permutation::new(num_rows, Draws::new(self.seed, Purpose::RowOrder, [seq / num_rows, 0]));
             order.get(seq % num_rows)
-        });
-        self.train.rows(rows, device)
+        })
     }
 }
 
@@ -103,6 +111,14 @@ impl Split {
             return Err(TrainError::data(&path, reason));
         }
         Ok(Self { bytes, dtype: facts.dtype, sequence_length, num_rows })
+    }
+
+    fn prefetch(&self, row: i64) {
+        let row_bytes = self.sequence_length as usize * self.dtype.bytes();
+        // Advice: without it the row is read when it is asked for.
+        if let Err(error) = self.bytes.advise_range(Advice::WillNeed, row as usize * row_bytes, row_bytes) {
+            tracing::debug!(%error, "no prefetch");
+        }
     }
 
     /// These rows, (len, S), on the device.

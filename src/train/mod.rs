@@ -18,6 +18,7 @@ mod native;
 mod nodes;
 mod ops;
 mod process;
+mod profile;
 mod random;
 mod ranks;
 mod relora;

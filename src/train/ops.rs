@@ -110,6 +110,29 @@ impl Ops {
         }
     }
 
+    pub fn causal_softmax(&self, scores: &Tensor, scale: f64, probabilities: &Tensor) {
+        match self {
+            Self::Kernels(kernels) => kernels.causal_softmax(scores, scale, probabilities),
+            Self::Libtorch { sum_kind } => {
+                let t = scores.size()[2];
+                let later = Tensor::ones([t, t], (Kind::Bool, scores.device())).triu(1);
+                let seen = (scores * scale).masked_fill(&later, f64::NEG_INFINITY);
+                set(probabilities, &seen.softmax(-1, *sum_kind));
+            }
+        }
+    }
+
+    pub fn causal_softmax_backward(&self, probabilities: &Tensor, scale: f64, gradients: &Tensor) {
+        match self {
+            Self::Kernels(kernels) => kernels.causal_softmax_backward(probabilities, scale, gradients),
+            Self::Libtorch { sum_kind } => {
+                let (p, dp) = (probabilities.to_kind(*sum_kind), gradients.to_kind(*sum_kind));
+                let dot = (&p * &dp).sum_dim_intlist([-1i64].as_slice(), true, *sum_kind);
+                set(gradients, &((dp - dot) * p * scale));
+            }
+        }
+    }
+
     pub fn swiglu(&self, gate_up: &Tensor, product: &Tensor) {
         match self {
             Self::Kernels(kernels) => kernels.swiglu(gate_up, product),

@@ -19,6 +19,7 @@ use super::{
     events::{self, Events},
     logits,
     nodes::Nodes,
+    profile::Profile,
     relora::Wrapping,
     run::{Ending, Inbox, Run},
     state::{LoopState, Phase, StateFile},
@@ -58,6 +59,9 @@ pub struct Args {
     /// CPU threads; all cores by default.
     #[arg(long)]
     pub threads: Option<i32>,
+    /// File for a profile of some updates after the first ones, as a trace that Perfetto opens.
+    #[arg(long)]
+    pub profile: Option<PathBuf>,
 }
 
 /// Says on stdout what a trainer can use here: one JSON object with `device` and `num_gpus`.
@@ -131,6 +135,7 @@ pub fn train(
         state,
         nodes,
         ranks: None,
+        profile: args.profile.as_deref().map_or_else(Profile::default, |path| Profile::to_file(path, device)),
         inbox: Inbox::new(commands),
     };
     events.emit(&Event::Ready {
@@ -146,7 +151,9 @@ pub fn train(
     }
     run.ranks = start_matrices.and_then(|start| run.rank_reporter(start));
     run.report_ranks_again();
+    run.engine.profile(run.profile.clone());
     let ending = run.train()?;
+    run.profile.finish()?;
     run.nodes.finish()?;
     let step = run.state.step;
     match (ending, run.ranks.take()) {

@@ -15,6 +15,7 @@ use super::{
     eval,
     events::Events,
     nodes::Nodes,
+    profile::Profile,
     ranks::{RankReporter, wrapped_matrices},
     relora::Wrapping,
     state::{LoopState, Phase},
@@ -38,6 +39,7 @@ pub struct Run {
     pub dataset: Dataset,
     pub weights: Weights,
     pub engine: Engine,
+    pub profile: Profile,
     pub state: LoopState,
     /// Whether everything that falls between the last update and the next one is behind it, as in every state.
     pub is_settled: bool,
@@ -146,6 +148,7 @@ impl Run {
             let started = Instant::now();
             let learning_rate = self.schedule.learning_rate(step);
             // Reading the loss and the norm waits for the device, once per update.
+            let span = self.profile.span("update", "update");
             let loss = self.accumulate_gradients().double_value(&[]);
             let grad_norm = self.gradient_norm();
             if !(loss.is_finite() && grad_norm.is_finite()) {
@@ -154,10 +157,13 @@ impl Run {
             }
             self.state.last_good_checkpoint_step = self.state.last_checkpoint_step;
             let clip_factor = self.clip_factor(grad_norm);
+            let adamw_span = self.profile.span("optimizer", "AdamW");
             for group in self.weights.groups_mut() {
                 group.adamw_update(self.engine.ops(), &self.spec.optimizer, learning_rate, clip_factor);
             }
             self.engine.weights_changed();
+            drop((adamw_span, span));
+            self.profile.end_update()?;
             self.state.step += 1;
             self.state.num_skipped_in_a_row = 0;
             self.is_settled = false;
@@ -179,6 +185,7 @@ impl Run {
         tracing::info!(step = self.state.step, "wrap");
         wrapping.wrap(&mut self.weights);
         self.engine = Engine::of(&self.spec, &self.weights);
+        self.engine.profile(self.profile.clone());
         self.state.phase = Phase::LowRank;
         let start = self.weights.low_rank.as_ref().map(wrapped_matrices);
         self.ranks = start.and_then(|start| self.rank_reporter(start));
@@ -271,10 +278,13 @@ impl Run {
             let _ = group.gradients.zero_();
         }
         let mut loss = Tensor::zeros([], (tch::Kind::Double, self.device));
+        self.dataset.prefetch(first_seq + batch.num_seqs, batch.num_seqs);
         let mut done_seqs = 0;
         while done_seqs < batch.num_seqs {
             let num_seqs = batch.micro_batch_seqs.min(batch.num_seqs - done_seqs);
+            let span = self.profile.span("data", "read rows");
             let rows = self.dataset.training_rows(first_seq + done_seqs, num_seqs, self.device);
+            drop(span);
             let place = DropoutPlace { seed: self.spec.seed, first_seq: first_seq + done_seqs };
             loss += self.engine.forward_backward(&rows, 1.0 / num_targets, place);
             done_seqs += num_seqs;
@@ -286,6 +296,7 @@ impl Run {
 
     /// Over all trained parameters together.
     fn gradient_norm(&self) -> f64 {
+        let _span = self.profile.span("optimizer", "gradient norm");
         self.weights.groups().map(|group| group.gradient_square_sum(self.engine.ops())).sum::<f64>().sqrt()
     }
 

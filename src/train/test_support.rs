@@ -153,6 +153,7 @@ pub fn try_train(
         rank: 0,
         world_size: 1,
         threads: None,
+        profile: None,
     };
     let (commands, receiver) = mpsc::channel();
     let events = Arc::new(Mutex::new(Vec::new()));

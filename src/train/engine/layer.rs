@@ -4,7 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{
     Batch, Recompute,
-    attention::{Attended, Heads, Kernel},
+    attention::{Attended, Attention},
     projection::{Projection, Shared},
     scratch::Scratch,
 };
@@ -57,7 +57,7 @@ pub struct Kept {
     rstds: [Scratch; 2],
     /// Turned queries and keys, and values.
     qkv: Scratch,
-    attended: Option<Attended>,
+    attended: Attended,
     gate_up: Scratch,
     /// Only where nothing is computed again: outputs of both norms, and the product of gate and up.
     normed: [Scratch; 2],
@@ -70,7 +70,7 @@ impl Kept {
             mid: Scratch::new(sums),
             rstds: [Scratch::new(sums), Scratch::new(sums)],
             qkv: Scratch::new(products),
-            attended: None,
+            attended: Attended::new(products),
             gate_up: Scratch::new(products),
             normed: [Scratch::new(products), Scratch::new(products)],
             product: Scratch::new(products),
@@ -80,8 +80,7 @@ impl Kept {
 
 /// What a pass through the layers needs at one layer at a time.
 pub struct Pass {
-    heads: Heads,
-    kernel: Kernel,
+    attention: Attention,
     recompute: Recompute,
     rotary: (Tensor, Tensor),
     /// What attention or mlp adds to the stream (n, h).
@@ -96,16 +95,14 @@ pub struct Pass {
 
 impl Pass {
     pub fn new(
-        heads: Heads,
-        kernel: Kernel,
+        attention: Attention,
         recompute: Recompute,
         rotary: (Tensor, Tensor),
         products: (Kind, Device),
     ) -> Self {
         let scratch = || Scratch::new(products);
         Self {
-            heads,
-            kernel,
+            attention,
             recompute,
             rotary,
             branch: scratch(),
@@ -154,23 +151,35 @@ impl Layer {
 
         let normed = normed(kept, pass, 0, &shape);
         let rstd = kept.rstds[0].take(&[num_tokens]);
+        let span = shared.profile.span("forward", "norm");
         self.input_norm.forward(x, mid.map(|mid| (mid, &branch)), &normed, &rstd, shared);
+        drop(span);
         let qkv = kept.qkv.take(&[num_tokens, self.qkv.outputs]);
+        let span = shared.profile.span("forward", "queries, keys, values");
         self.qkv.forward(&normed, &qkv, batch.masks, shared);
+        drop(span);
         pass.rotate(&qkv, batch, false, shared);
-        kept.attended = None;
-        let attended = pass.heads.forward(pass.kernel, &qkv, batch.num_seqs);
-        self.output.forward(&attended.rows(), &branch, batch.masks, shared);
-        kept.attended = Some(attended);
+        let span = shared.profile.span("forward", "attention");
+        pass.attention.forward(&qkv, batch, &mut kept.attended, &shared.ops);
+        drop(span);
+        let span = shared.profile.span("forward", "output");
+        self.output.forward(&kept.attended.rows(&shape), &branch, batch.masks, shared);
+        drop(span);
 
         let normed = self::normed(kept, pass, 1, &shape);
         let (mid, rstd) = (kept.mid.take(&shape), kept.rstds[1].take(&[num_tokens]));
+        let span = shared.profile.span("forward", "norm");
         self.post_attention_norm.forward(&mid, Some((x, &branch)), &normed, &rstd, shared);
+        drop(span);
         let gate_up = kept.gate_up.take(&[num_tokens, self.gate_up.outputs]);
+        let span = shared.profile.span("forward", "gate and up");
         self.gate_up.forward(&normed, &gate_up, batch.masks, shared);
+        drop(span);
         let product = product(kept, pass, &[num_tokens, self.down.inputs]);
         shared.ops.swiglu(&gate_up, &product);
+        let span = shared.profile.span("forward", "down");
         self.down.forward(&product, &branch, batch.masks, shared);
+        drop(span);
         mid
     }
 
@@ -195,40 +204,54 @@ impl Layer {
             shared.ops.swiglu(&gate_up, &product);
         }
         let dproduct = pass.dproduct.take(&product.size());
+        let span = shared.profile.span("backward", "down");
         self.down.backward(&product, stream.products(), &dproduct, batch.masks, shared);
+        drop(span);
+        let span = shared.profile.span("backward", "swiglu");
         shared.ops.swiglu_backward(&dproduct, &gate_up);
+        drop(span);
         let (mid, rstd) = (kept.mid.take(&shape), kept.rstds[1].take(&[num_tokens]));
         let normed = normed(kept, pass, 1, &shape);
         if pass.recompute != Recompute::None {
             self.post_attention_norm.forward(&mid, None, &normed, &rstd, shared);
         }
+        let span = shared.profile.span("backward", "gate and up");
         self.gate_up.backward(&normed, &gate_up, &dnormed, batch.masks, shared);
+        drop(span);
+        let span = shared.profile.span("backward", "norm");
         self.post_attention_norm.backward(&dnormed, &mid, &rstd, stream, shared);
+        drop(span);
 
-        let attended = kept.attended.take().expect("the forward pass came first");
         let dattended = pass.dattended.take(&shape);
-        self.output.backward(&attended.rows(), stream.products(), &dattended, batch.masks, shared);
+        let span = shared.profile.span("backward", "output");
+        self.output.backward(&kept.attended.rows(&shape), stream.products(), &dattended, batch.masks, shared);
+        drop(span);
         let qkv = kept.qkv.take(&[num_tokens, self.qkv.outputs]);
         let dqkv = pass.dqkv.take(&qkv.size());
-        pass.heads.backward(pass.kernel, &qkv, &attended, &dattended, &dqkv, batch.num_seqs);
-        drop(attended);
+        let span = shared.profile.span("backward", "attention");
+        pass.attention.backward(&qkv, batch, &mut kept.attended, &dattended, &dqkv, &shared.ops);
+        drop(span);
         pass.rotate(&dqkv, batch, true, shared);
         let rstd = kept.rstds[0].take(&[num_tokens]);
         let normed = self::normed(kept, pass, 0, &shape);
         if pass.recompute != Recompute::None {
             self.input_norm.forward(x, None, &normed, &rstd, shared);
         }
+        let span = shared.profile.span("backward", "queries, keys, values");
         self.qkv.backward(&normed, &dqkv, &dnormed, batch.masks, shared);
+        drop(span);
+        let span = shared.profile.span("backward", "norm");
         self.input_norm.backward(&dnormed, x, &rstd, stream, shared);
+        drop(span);
     }
 }
 
 impl Pass {
     /// Turns queries and keys, or their gradients back.
     fn rotate(&self, qkv: &Tensor, batch: &Batch, is_backwards: bool, shared: &Shared) {
-        let num_heads = self.heads.num_query + self.heads.num_key_value;
+        let _span = shared.profile.span(if is_backwards { "backward" } else { "forward" }, "rotary");
         let (cos, sin) = &self.rotary;
-        shared.ops.rotate(qkv, num_heads, (cos, sin), batch.sequence_length, is_backwards);
+        shared.ops.rotate(qkv, self.attention.num_turned_heads(), (cos, sin), batch.sequence_length, is_backwards);
     }
 }
 

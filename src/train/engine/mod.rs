@@ -13,7 +13,7 @@ mod tests;
 
 use tch::{Device, Kind, Tensor};
 
-use attention::{Heads, Kernel};
+use attention::{Attention, Heads};
 use layer::{GradientStream, Kept, Layer, Norm, Pass};
 use projection::{Padded, Projection, Shared};
 use scratch::Scratch;
@@ -22,12 +22,21 @@ use super::{
     model::{EMBEDDING, HEAD, linear_path},
     native::kernels::MaskPlace,
     ops::{Ops, sum_kind},
+    profile::Profile,
     weights::{Place, Weights},
 };
 use crate::domain::spec::{Linear, ModelSpec, Precision, TrainSpec};
 
 /// Tokens whose logits are in memory at a time.
 const LOSS_CHUNK_TOKENS: i64 = 1_024;
+
+/// Sizes of matrices are rounded up to a multiple of this many elements: where rows begin at odd addresses, products
+/// take up to 1.4 times as long (docs/performance.md).
+const PADDING: i64 = 16;
+
+/// Up to this length, products of whole matrices and a softmax between are quicker on the CPU than libtorch's flash
+/// attention, and their probabilities are small beside the other activations.
+const MAX_PRODUCTS_LENGTH: i64 = 512;
 
 /// Which activations the backward pass computes again. What it computes is the same to the bit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,6 +75,8 @@ pub struct Settings {
     pub dropout: f64,
     /// Sizes of matrices are rounded up to a multiple of this.
     pub padding: i64,
+    /// Sequences longer than this go through libtorch's flash attention, where there is one.
+    pub max_products_length: i64,
     /// Whether fused kernels are left aside where there are some.
     pub libtorch_alone: bool,
 }
@@ -81,7 +92,8 @@ impl Settings {
             plan: MergedPlan::Resident,
             frozen_weights: FrozenWeights::Full,
             dropout: 0.0,
-            padding: 1,
+            padding: PADDING,
+            max_products_length: MAX_PRODUCTS_LENGTH,
             libtorch_alone: false,
         }
     }
@@ -163,10 +175,6 @@ impl Engine {
             num_key_value: spec.num_key_value_heads,
             dim: spec.head_dim(),
         };
-        let kernel = match device {
-            Device::Cpu if !settings.libtorch_alone => Kernel::FlashCpu,
-            _ => Kernel::Products,
-        };
         let layers: Vec<_> = (0..spec.num_hidden_layers).map(|index| layer(spec, weights, index, &shared)).collect();
         let num_kept = if settings.recompute == Recompute::Layers { 0 } else { layers.len() };
         let mut engine = Self {
@@ -175,7 +183,7 @@ impl Engine {
             head: head(spec, weights, &shared),
             vocab_size: spec.vocab_size,
             recompute: settings.recompute,
-            pass: Pass::new(heads, kernel, settings.recompute, rotary(spec, sums), products),
+            pass: Pass::new(Attention::new(heads, settings.max_products_length, products), settings.recompute, rotary(spec, sums), products),
             inputs: (0..=layers.len()).map(|_| Scratch::new(sums)).collect(),
             kept: (0..num_kept).map(|_| Kept::new(products, sums)).collect(),
             passing: Kept::new(products, sums),
@@ -193,6 +201,11 @@ impl Engine {
         };
         engine.frozen_changed();
         engine
+    }
+
+    /// Records where the time goes from here on.
+    pub fn profile(&mut self, profile: Profile) {
+        self.shared.profile = profile;
     }
 
     pub fn ops(&self) -> &Ops {
@@ -247,6 +260,7 @@ impl Engine {
 
     fn begin(&mut self, rows: &Tensor, place: Option<DropoutPlace>) -> Batch {
         if self.is_stale {
+            let _span = self.shared.profile.span("weights", "refresh");
             let projections = self.layers.iter_mut().flat_map(Layer::projections_mut).chain([&mut self.head]);
             projections.for_each(|projection| projection.refresh(&mut self.shared));
             self.is_stale = false;
@@ -270,6 +284,7 @@ impl Engine {
 
     /// Through all layers. What the last one adds to its mid, which is returned, is in the pass's branch.
     fn forward(&mut self, batch: &Batch, keeps: bool) -> Tensor {
+        let _span = self.shared.profile.span("forward", "forward");
         let shape = [batch.tokens.size()[0], self.embedding.value.size()[1]];
         let first = self.inputs[0].take(&shape);
         let _ = self.embedding.value.index_select_out(&first, 0, &batch.tokens);
@@ -296,6 +311,7 @@ impl Engine {
     /// The summed loss, in chunks of tokens: all logits together would be the largest thing in memory. With a scale,
     /// the gradients follow each chunk at once.
     fn loss(&mut self, batch: &Batch, mid: &Tensor, scale: Option<f64>) -> Tensor {
+        let _span = self.shared.profile.span("loss", "loss");
         let (normed, _) = self.final_norm(mid);
         let num_tokens = normed.size()[0];
         let losses = self.loss.losses.take(&[num_tokens]);
@@ -304,10 +320,15 @@ impl Engine {
             let chunk = |tensor: &Tensor| tensor.narrow(0, start, LOSS_CHUNK_TOKENS.min(num_tokens - start));
             let normed = chunk(&normed);
             let logits = self.loss.logits.take(&[normed.size()[0], self.head.outputs]);
+            let span = self.shared.profile.span("loss", "logits");
             self.head.forward(&normed, &logits, None, &mut self.shared);
+            drop(span);
+            let span = self.shared.profile.span("loss", "cross-entropy");
             let (targets, losses) = (chunk(&batch.targets), chunk(&losses));
             self.shared.ops.cross_entropy(&logits, self.vocab_size, &targets, scale, &losses);
+            drop(span);
             if let Some(dnormed) = &dnormed {
+                let _span = self.shared.profile.span("loss", "head");
                 self.head.backward(&normed, &logits, &chunk(dnormed), None, &mut self.shared);
             }
         }
@@ -316,6 +337,7 @@ impl Engine {
 
     /// Back through everything before the head, whose gradient the loss has left.
     fn backward(&mut self, batch: &Batch) {
+        let _span = self.shared.profile.span("backward", "backward");
         let shape = [batch.tokens.size()[0], self.embedding.value.size()[1]];
         let [sums, cast] = &mut self.stream;
         let casts = self.shared.product_kind != self.embedding.value.kind();
@@ -332,6 +354,7 @@ impl Engine {
             layer.backward(&x, batch, kept, &stream, &mut self.pass, &mut self.shared);
         }
         if let Some(gradient) = &self.embedding.gradient {
+            let _span = self.shared.profile.span("backward", "embedding");
             self.shared.ops.embedding_backward(&batch.tokens, &stream.sums, gradient);
         }
     }

@@ -13,6 +13,7 @@ use super::{FrozenWeights, MergedPlan, Settings, quantised::Quantised, scratch::
 use crate::train::{
     native::kernels::MaskPlace,
     ops::Ops,
+    profile::Profile,
     weights::{Factors, Matrix, Place},
 };
 
@@ -21,6 +22,7 @@ pub struct Shared {
     pub ops: Ops,
     pub product_kind: Kind,
     pub dropout: f64,
+    pub profile: Profile,
     device: Device,
     plan: MergedPlan,
     frozen_weights: FrozenWeights,
@@ -43,6 +45,7 @@ impl Shared {
             },
             product_kind: settings.product_kind,
             dropout: settings.dropout,
+            profile: Profile::default(),
             device,
             plan: settings.plan,
             frozen_weights: settings.frozen_weights,
@@ -111,6 +114,9 @@ pub struct Projection {
     /// Padded.
     pub inputs: i64,
     pub outputs: i64,
+    /// Rows of the weight: all outputs, but for the padding of a matrix that is alone, which lies between the rows of
+    /// what it is multiplied to and costs no copy of it.
+    weight_rows: i64,
     /// What forward multiplies with (O, i): the parameters themselves, or a copy that follows them. None where it is
     /// made anew for every product.
     weight: Option<Tensor>,
@@ -162,7 +168,11 @@ impl Projection {
             })
             .collect();
         let mut projection =
-            Self { members, inputs, outputs, weight: None, is_alias: false, a: None };
+            Self { members, inputs, outputs, weight_rows: 0, weight: None, is_alias: false, a: None };
+        projection.weight_rows = match projection.members.as_slice() {
+            [alone] => alone.rows,
+            _ => outputs,
+        };
         if ranks > 0 {
             projection.a = Some(Tensor::zeros([ranks, inputs], shared.products()));
         }
@@ -170,7 +180,7 @@ impl Projection {
         projection.is_alias = projection.weight.is_some();
         let is_quantised = projection.members.iter().any(|member| member.is_quantised(shared));
         if projection.has_dense() && !projection.is_alias && shared.plan == MergedPlan::Resident && !is_quantised {
-            projection.weight = Some(Tensor::zeros([outputs, inputs], shared.products()));
+            projection.weight = Some(Tensor::zeros([projection.weight_rows, inputs], shared.products()));
         }
         projection
     }
@@ -202,7 +212,8 @@ impl Projection {
                 _ => return None,
             };
             let is_next = end.is_none_or(|end| end == matrix.data_ptr());
-            if !is_next || matrix.kind() != shared.product_kind || member.padded_rows != member.rows {
+            let is_padded = member.padded_rows != member.rows && self.members.len() > 1;
+            if !is_next || matrix.kind() != shared.product_kind || is_padded {
                 return None;
             }
             end = Some(matrix.data_ptr().wrapping_byte_add(matrix.numel() * matrix.kind().elt_size_in_bytes()));
@@ -212,7 +223,7 @@ impl Projection {
             Base::Frozen { master, .. } => master,
             Base::Absent => return None,
         };
-        Some(first.as_strided([self.outputs, self.inputs], [self.inputs, 1], None))
+        Some(first.as_strided([self.weight_rows, self.inputs], [self.inputs, 1], None))
     }
 
     /// Brings the copies in step with the parameters, after these have changed.
@@ -254,7 +265,7 @@ impl Projection {
         if let Some(weight) = &self.weight {
             return weight.shallow_clone();
         }
-        let weight = shared.weight.take(&[self.outputs, self.inputs]);
+        let weight = shared.weight.take(&[self.weight_rows, self.inputs]);
         if shared.padding > 1 {
             let _ = weight.shallow_clone().zero_();
         }
@@ -263,6 +274,7 @@ impl Projection {
     }
 
     fn write_weight(&self, weight: &Tensor, shared: &mut Shared) {
+        let _span = shared.profile.span("weights", "W + sBA");
         for member in &self.members {
             let to = weight.narrow(0, member.start, member.rows).narrow(1, 0, member.columns);
             let merged = member.factors.as_ref().filter(|_| Self::merges(shared));
@@ -309,7 +321,7 @@ impl Projection {
     /// y (n, O) = x Wᵀ of x (n, i).
     pub fn forward(&self, x: &Tensor, y: &Tensor, place: Option<MaskPlace>, shared: &mut Shared) {
         if self.has_dense() {
-            multiply(x, &self.weight(shared).tr(), y);
+            multiply(x, &self.weight(shared).tr(), &y.narrow(1, 0, self.weight_rows));
         } else if shared.padding > 1 {
             let _ = y.shallow_clone().zero_();
         }
@@ -329,11 +341,14 @@ impl Projection {
 
     /// From dy (n, O): adds the gradients of the parameters, and sets dx (n, i).
     pub fn backward(&self, x: &Tensor, dy: &Tensor, dx: &Tensor, place: Option<MaskPlace>, shared: &mut Shared) {
+        let span = shared.profile.span("backward", "dx = dy W");
         if self.has_dense() {
-            multiply(dy, &self.weight(shared), dx);
+            multiply(&dy.narrow(1, 0, self.weight_rows), &self.weight(shared), dx);
         } else {
             let _ = dx.shallow_clone().zero_();
         }
+        drop(span);
+        let _span = shared.profile.span("backward", "gradients of parameters");
         for member in &self.members {
             if let Base::Trained(Place { gradient, .. }) = &member.base {
                 let (dy, x) = (dy.narrow(1, member.start, member.rows), x.narrow(1, 0, member.columns));

@@ -57,7 +57,8 @@ fn every_setting(base: Settings) -> Vec<Settings> {
         }
         all.push(Settings { recompute, padding: 7, ..base });
     }
-    all.push(Settings { padding: 16, plan: MergedPlan::Scratch, ..base });
+    all.push(Settings { padding: 1, plan: MergedPlan::Scratch, ..base });
+    all.push(Settings { max_products_length: 0, ..base });
     all
 }
 
@@ -138,19 +139,21 @@ fn every_gradient_equals_that_of_autograd_in_fp32() {
 }
 
 #[test]
-fn in_bf16_every_gradient_is_near_that_of_fp32() {
+fn in_bf16_every_gradient_is_as_near_to_that_of_fp32_as_with_autograd() {
     for patch in models() {
         let spec = spec(patch);
         let weights = weights(&spec);
-        let (want_loss, want) =
-            Oracle::new(&spec.model, &weights, Kind::Float, settings(&spec, Kind::Float).dropout)
-                .loss_and_gradients(&rows(), 0.125, PLACE);
+        let dropout = settings(&spec, Kind::Float).dropout;
+        let oracle = |kind| Oracle::new(&spec.model, &weights, kind, dropout).loss_and_gradients(&rows(), 0.125, PLACE);
+        let ((want_loss, want), (_, rounded)) = (oracle(Kind::Float), oracle(Kind::BFloat16));
+        let (of_autograd, _) = largest_error(&rounded.into_iter().collect::<Vec<_>>(), &want);
         for settings in every_setting(settings(&spec, Kind::BFloat16)) {
-            for libtorch_alone in [false, settings.dropout == 0.0] {
+            for libtorch_alone in [false, dropout == 0.0] {
                 let (loss, got) = gradients(&spec, &weights, Settings { libtorch_alone, ..settings });
                 let (error, name) = largest_error(&got, &want);
-                assert!(error < 0.06, "{name} is off by {error}: {:?}, {settings:?}", spec.method);
-                assert!((loss / want_loss - 1.0).abs() < 3e-3, "{loss}, not {want_loss}");
+                let what = format!("{:?}, {settings:?}", spec.method);
+                assert!(error < 2.0 * of_autograd, "{name} is off by {error}, autograd by {of_autograd}: {what}");
+                assert!((loss / want_loss - 1.0).abs() < 3e-3, "{loss}, not {want_loss}: {what}");
             }
         }
     }

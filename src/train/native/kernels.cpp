@@ -89,6 +89,14 @@ template <class F> inline void parallel_for(int64_t n, int64_t work_each, int th
     for (int64_t i = 0; i < n; ++i) f(i);
 }
 
+// A function of its own: within nested loops the compiler leaves such a sum to one element at a time.
+template <class S> S sum_of_squares(const S* x, int64_t len) {
+    S sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < len; ++i) sum += x[i] * x[i];
+    return sum;
+}
+
 constexpr int64_t BLOCK = 16384;
 
 inline int64_t num_blocks(int64_t len, int64_t block) { return (len + block - 1) / block; }
@@ -108,7 +116,6 @@ void rms_norm(int threads, int64_t rows, int64_t width, const void* x_, const vo
     parallel_for(rows, width, threads, [=](int64_t row) {
         const S* x = xs + row * width;
         T* y = ys + row * width;
-        S squares = 0;
         if (branches) {
             const T* branch = branches + row * width;
             S* sum = sums + row * width;
@@ -116,10 +123,8 @@ void rms_norm(int threads, int64_t rows, int64_t width, const void* x_, const vo
             for (int64_t i = 0; i < width; ++i) sum[i] = x[i] + load(branch[i]);
             x = sum;
         }
-        // In a loop of its own, so that a norm that is computed again has the same bits.
-#pragma omp simd reduction(+ : squares)
-        for (int64_t i = 0; i < width; ++i) squares += x[i] * x[i];
-        S rstd = S(1) / std::sqrt(squares / S(width) + S(eps));
+        // Apart from the sum above, so that a norm that is computed again has the same bits.
+        S rstd = S(1) / std::sqrt(sum_of_squares(x, width) / S(width) + S(eps));
         rstds[row] = rstd;
 #pragma omp simd
         for (int64_t i = 0; i < width; ++i) store(y[i], x[i] * rstd * weight[i]);
@@ -192,6 +197,52 @@ void rotate(int threads, int64_t rows, int64_t row_width, int64_t seq_len, int64
                 store(second[i], b * cos[i] + a * s);
             }
         }
+    });
+}
+
+// --- Attention ---
+
+// probabilities = softmax(scale · scores) of square matrices, row i of which sees its columns up to i; the rest is 0.
+template <class T>
+void causal_softmax(int threads, int64_t rows, int64_t width, const void* scores_, double scale_, void* probabilities_) {
+    using S = Sum<T>;
+    const S* all_scores = (const S*)scores_;
+    T* all_probabilities = (T*)probabilities_;
+    S scale = S(scale_);
+    parallel_for(rows, 2 * width, threads, [=](int64_t row) {
+        const S* scores = all_scores + row * width;
+        T* probabilities = all_probabilities + row * width;
+        int64_t seen = row % width + 1;
+        S largest = scores[0];
+#pragma omp simd reduction(max : largest)
+        for (int64_t i = 0; i < seen; ++i) largest = scores[i] > largest ? scores[i] : largest;
+        S sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < seen; ++i) sum += exp_of((scores[i] - largest) * scale);
+        S share = S(1) / sum;
+#pragma omp simd
+        for (int64_t i = 0; i < seen; ++i) store(probabilities[i], exp_of((scores[i] - largest) * scale) * share);
+        for (int64_t i = seen; i < width; ++i) store(probabilities[i], S(0));
+    });
+}
+
+// Replaces the gradients of the probabilities by those of the scores: scale · p (dp - sum of p dp).
+template <class T>
+void causal_softmax_backward(int threads, int64_t rows, int64_t width, const void* probabilities_, double scale,
+                             void* gradients_) {
+    using S = Sum<T>;
+    const T* all_probabilities = (const T*)probabilities_;
+    T* all_gradients = (T*)gradients_;
+    parallel_for(rows, 2 * width, threads, [=](int64_t row) {
+        const T* p = all_probabilities + row * width;
+        T* dp = all_gradients + row * width;
+        int64_t seen = row % width + 1;
+        S dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (int64_t i = 0; i < seen; ++i) dot += load(p[i]) * load(dp[i]);
+#pragma omp simd
+        for (int64_t i = 0; i < seen; ++i) store(dp[i], S(scale) * load(p[i]) * (load(dp[i]) - dot));
+        for (int64_t i = seen; i < width; ++i) store(dp[i], S(0));
     });
 }
 
@@ -290,8 +341,9 @@ void add_scaled(int threads, int64_t len, const void* from_, const void* delta_,
     const T* delta = (const T*)delta_;
     T* to = (T*)to_;
     parallel_for(num_blocks(len, BLOCK), BLOCK, threads, [=](int64_t block) {
+        int64_t end = end_of(block, len, BLOCK);
 #pragma omp simd
-        for (int64_t i = block * BLOCK; i < end_of(block, len, BLOCK); ++i)
+        for (int64_t i = block * BLOCK; i < end; ++i)
             store(to[i], from[i] + S(scale) * load(delta[i]));
     });
 }
@@ -335,8 +387,9 @@ template <class T> void accumulate(int threads, int64_t len, const void* from_, 
     const T* from = (const T*)from_;
     S* sum = (S*)sum_;
     parallel_for(num_blocks(len, BLOCK), BLOCK, threads, [=](int64_t block) {
+        int64_t end = end_of(block, len, BLOCK);
 #pragma omp simd
-        for (int64_t i = block * BLOCK; i < end_of(block, len, BLOCK); ++i) sum[i] += load(from[i]);
+        for (int64_t i = block * BLOCK; i < end; ++i) sum[i] += load(from[i]);
     });
 }
 
@@ -410,8 +463,9 @@ void adamw(int threads, int64_t len, int64_t decayed_len, void* value_, const vo
     S kept = S(1 - o->learning_rate * o->weight_decay);
     parallel_for(num_blocks(len, BLOCK), BLOCK, threads, [=](int64_t block) {
         int64_t start = block * BLOCK, end = end_of(block, len, BLOCK);
+        int64_t decayed_end = decayed_len < end ? decayed_len : end;
 #pragma omp simd
-        for (int64_t i = start; i < (decayed_len < end ? decayed_len : end); ++i) value[i] *= kept;
+        for (int64_t i = start; i < decayed_end; ++i) value[i] *= kept;
 #pragma omp simd
         for (int64_t i = start; i < end; ++i) {
             S g = gradient[i] * scale;
@@ -433,10 +487,7 @@ template <class T> void square_sum(int threads, int64_t len, const void* x_, dou
         double partial = 0;
         int64_t end = end_of(block, len, BLOCK);
         for (int64_t start = block * BLOCK; start < end; start += SMALL) {
-            S squares = 0;
-#pragma omp simd reduction(+ : squares)
-            for (int64_t i = start; i < (start + SMALL < end ? start + SMALL : end); ++i) squares += x[i] * x[i];
-            partial += squares;
+            partial += sum_of_squares(x + start, start + SMALL < end ? SMALL : end - start);
         }
         partials[block] = partial;
     });
@@ -446,9 +497,22 @@ template <class T> void square_sum(int threads, int64_t len, const void* x_, dou
 }
 
 template <class T> constexpr relora_kernels table() {
-    return {rms_norm<T>,   rms_norm_backward<T>,  rotate<T>,     swiglu<T>,          swiglu_backward<T>,
-            cross_entropy<T>, embedding_backward<T>, add_scaled<T>, add_scaled_int8<T>, add_scaled_nf4<T>,
-            accumulate<T>, dropout<T>,            adamw<T>,      square_sum<T>};
+    return {rms_norm<T>,
+            rms_norm_backward<T>,
+            rotate<T>,
+            causal_softmax<T>,
+            causal_softmax_backward<T>,
+            swiglu<T>,
+            swiglu_backward<T>,
+            cross_entropy<T>,
+            embedding_backward<T>,
+            add_scaled<T>,
+            add_scaled_int8<T>,
+            add_scaled_nf4<T>,
+            accumulate<T>,
+            dropout<T>,
+            adamw<T>,
+            square_sum<T>};
 }
 
 constexpr relora_kernels tables[] = {table<float>(), table<double>(), table<bf16>()};

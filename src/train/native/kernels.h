@@ -15,6 +15,10 @@ struct relora_kernels {
                               const void* rstd, const void* weight, void* dx, void* cast, void* dweight);
     void (*rotate)(int threads, int64_t rows, int64_t row_width, int64_t seq_len, int64_t heads, int64_t dim, void* x,
                    const void* cos, const void* sin, int backwards);
+    void (*causal_softmax)(int threads, int64_t rows, int64_t width, const void* scores, double scale,
+                           void* probabilities);
+    void (*causal_softmax_backward)(int threads, int64_t rows, int64_t width, const void* probabilities, double scale,
+                                    void* gradients);
     void (*swiglu)(int threads, int64_t rows, int64_t width, const void* gate_up, void* product);
     void (*swiglu_backward)(int threads, int64_t rows, int64_t width, const void* dproduct, void* gate_up);
     void (*cross_entropy)(int threads, int64_t rows, int64_t vocab, int64_t row_width, void* logits,

@@ -32,6 +32,8 @@ struct Table {
     rms_norm: unsafe extern "C" fn(i32, i64, i64, In, In, In, f64, Out, Out, Out),
     rms_norm_backward: unsafe extern "C" fn(i32, i64, i64, In, In, In, In, Out, Out, Out),
     rotate: unsafe extern "C" fn(i32, i64, i64, i64, i64, i64, Out, In, In, i32),
+    causal_softmax: unsafe extern "C" fn(i32, i64, i64, In, f64, Out),
+    causal_softmax_backward: unsafe extern "C" fn(i32, i64, i64, In, f64, Out),
     swiglu: unsafe extern "C" fn(i32, i64, i64, In, Out),
     swiglu_backward: unsafe extern "C" fn(i32, i64, i64, In, Out),
     cross_entropy: unsafe extern "C" fn(i32, i64, i64, i64, Out, In, f64, Out),
@@ -156,6 +158,25 @@ impl Kernels {
                 i32::from(is_backwards),
             );
         }
+    }
+
+    /// probabilities = softmax(scale · scores), both (m, t, t): row i of a matrix sees its columns up to i. Scores in the
+    /// sum kind, probabilities in the product kind.
+    pub fn causal_softmax(&self, scores: &Tensor, scale: f64, probabilities: &Tensor) {
+        let (matrices, width, _) = scores.size3().expect("square matrices");
+        let rows = matrices * width;
+        let (scores, probabilities) = (self.sum(scores, rows * width), self.product(probabilities, rows * width));
+        // SAFETY: as in `rms_norm`.
+        unsafe { (self.table.causal_softmax)(self.threads, rows, width, scores, scale, probabilities) }
+    }
+
+    /// Replaces the gradients of probabilities by those of their scores, all (m, t, t) in the product kind.
+    pub fn causal_softmax_backward(&self, probabilities: &Tensor, scale: f64, gradients: &Tensor) {
+        let (matrices, width, _) = probabilities.size3().expect("square matrices");
+        let rows = matrices * width;
+        let [probabilities, gradients] = [probabilities, gradients].map(|tensor| self.product(tensor, rows * width));
+        // SAFETY: as in `rms_norm`.
+        unsafe { (self.table.causal_softmax_backward)(self.threads, rows, width, probabilities, scale, gradients) }
     }
 
     /// product (n, w) = silu(gate) · up, of rows that hold a gate and then an up (n, 2w).
