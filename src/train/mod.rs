@@ -10,6 +10,7 @@ mod device;
 mod error;
 mod eval;
 mod events;
+mod host_memory;
 mod layout;
 mod logits;
 mod model;

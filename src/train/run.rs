@@ -24,7 +24,7 @@ use crate::domain::{
     contract::{Command, Event, StepReport},
     job::FailureKind,
     schedule::Schedule,
-    spec::{OptimizerReset, TrainSpec},
+    spec::{Choices, OptimizerReset, TrainSpec},
 };
 
 /// Batches in a row whose loss or gradient is not finite, after which the run has diverged.
@@ -33,6 +33,8 @@ const MAX_SKIPPED_IN_A_ROW: i64 = 10;
 /// A run between two steps.
 pub struct Run {
     pub spec: TrainSpec,
+    /// What the run goes by where the spec says `auto`.
+    pub choices: Choices,
     pub schedule: Schedule,
     pub device: tch::Device,
     pub dataset: Dataset,
@@ -272,7 +274,7 @@ impl Run {
         }
         let mut done_seqs = 0;
         while done_seqs < batch.num_seqs {
-            let num_seqs = batch.micro_batch_seqs.min(batch.num_seqs - done_seqs);
+            let num_seqs = self.choices.micro_batch_seqs.min(batch.num_seqs - done_seqs);
             let rows = self.dataset.training_rows(first_seq + done_seqs, num_seqs, self.device);
             let place = DropoutPlace { seed: self.spec.seed, first_seq: first_seq + done_seqs };
             let share = self.model.summed_loss(&rows, Some(place)) / num_targets;
