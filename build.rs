@@ -39,7 +39,14 @@ mod trainer {
     fn compile(instruction_set: &str, flags: &[&str]) {
         let out_dir = env::var("OUT_DIR").unwrap_or_default();
         let mut build = cc::Build::new();
-        build.cpp(true).std("c++17").opt_level(3).debug(false).warnings(true).extra_warnings(true).cargo_metadata(false);
+        build
+            .cpp(true)
+            .std("c++17")
+            .opt_level(3)
+            .debug(false)
+            .warnings(true)
+            .extra_warnings(true)
+            .cargo_metadata(false);
         build.flags(["-fopenmp", "-fno-math-errno", "-fno-trapping-math"]).flags(flags);
         build.define("RELORA_TABLE", format!("relora_kernels_{instruction_set}").as_str());
         build.file(KERNELS).out_dir(format!("{out_dir}/{instruction_set}"));

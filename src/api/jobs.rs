@@ -25,14 +25,15 @@ use crate::{
     db::{
         imports,
         jobs::{self, Cancellation, JobRow},
-        tokenizations,
+        tokenizations, workers,
     },
     domain::{
         ids::{JobId, ProjectId},
         job::{Failure, JobState, WaitReason},
+        offer,
         problem::Problem,
         schedule::Schedule,
-        spec::{DataFacts, InitFacts, TrainSpec, TrainSpecRequest},
+        spec::{Choices, DataFacts, InitFacts, TrainSpec, TrainSpecRequest},
     },
     storage::Key,
 };
@@ -49,6 +50,8 @@ pub struct Job {
     queue_position: Option<i64>,
     /// As it was submitted, with every default filled in.
     spec: TrainSpec,
+    /// What its first attempt chose where the spec says `auto`; null before that.
+    choices: Option<Choices>,
     /// What the spec asks for that cannot gain, or is a likely mistake.
     warnings: Vec<String>,
     failure: Option<Failure>,
@@ -131,6 +134,7 @@ impl From<JobRow> for Job {
             wait_reason: row.wait_reason,
             queue_position: row.queue_position,
             spec: row.spec.0,
+            choices: row.choices.map(|choices| choices.0),
             warnings: row.warnings,
             failure: row.failure.map(|failure| failure.0),
             lease_epoch: row.lease_epoch,
@@ -170,6 +174,11 @@ pub async fn create_job(
         let tokenizer = tokenizations::find_tokenizer_sha256(&mut tx, &caller.project, &spec.tokenization).await?;
         warnings.extend(init.tokenizer_warning(tokenizer.as_deref()));
     }
+    let offers = workers::offers(&mut tx, &spec.resources).await?;
+    if let Some(problem) = offer::memory_problem(&spec, &offers) {
+        return Err(ApiError::InvalidSpec(vec![problem]));
+    }
+    warnings.extend(offer::bf16_warning(&spec, &offers).map(|warning| format!("/precision: {warning}")));
 
     let id = jobs::create(&mut tx, &caller.project, &spec, &warnings).await?;
     tx.commit().await?;

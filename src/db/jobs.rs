@@ -4,15 +4,15 @@ use chrono::{DateTime, Utc};
 use serde_json::json;
 use sqlx::{PgConnection, PgPool, types::Json};
 
-use super::events::{self, NewEvent};
+use super::{
+    events::{self, NewEvent},
+    workers::WORKER_ALIVE_S,
+};
 use crate::domain::{
     ids::{DatasetId, JobId, NodeId, ProjectId, WorkItemId},
     job::{EventType, Failure, JobState, WaitReason},
-    spec::{Device, TrainSpec},
+    spec::{Choices, Device, TrainSpec},
 };
-
-/// A worker that was not heard of for this long takes no work, as far as anybody can tell.
-const WORKER_ALIVE_S: f64 = 60.0;
 
 #[derive(Debug)]
 pub struct JobRow {
@@ -22,6 +22,7 @@ pub struct JobRow {
     pub wait_reason: Option<WaitReason>,
     pub queue_position: Option<i64>,
     pub spec: Json<TrainSpec>,
+    pub choices: Option<Json<Choices>>,
     pub warnings: Vec<String>,
     pub failure: Option<Json<Failure>>,
     pub lease_epoch: i64,
@@ -106,7 +107,7 @@ async fn select(
         r#"
         -- db::jobs::select
         select j.id as "id: JobId", j.name, j.state as "state: JobState", j.spec as "spec: Json<TrainSpec>",
-            j.warnings, j.failure as "failure: Json<Failure>", w.lease_epoch, j.last_event_seq,
+            j.choices as "choices: Json<Choices>", j.warnings, j.failure as "failure: Json<Failure>", w.lease_epoch, j.last_event_seq,
             j.created_at, j.started_at, j.finished_at,
             case
                 when j.state <> 'queued' then null

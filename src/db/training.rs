@@ -11,7 +11,7 @@ use crate::domain::{
     contract::{Fingerprint, StepReport},
     ids::{JobId, NodeId, ProjectId, TokenizationId},
     job::{EventType, Failure, JobState},
-    spec::TrainSpec,
+    spec::{Choices, TrainSpec},
 };
 
 /// A step, the name of what was measured after it, and its value.
@@ -24,6 +24,8 @@ pub struct Training {
     pub project: ProjectId,
     pub tokenization: TokenizationId,
     pub spec: TrainSpec,
+    /// What the first attempt chose where the spec says `auto`; none before it did.
+    pub choices: Option<Choices>,
     /// Seconds that earlier attempts ran.
     pub runtime_s: f64,
     /// The state that this attempt goes on from.
@@ -38,6 +40,13 @@ pub struct ResumePoint {
     pub restart: i64,
 }
 
+impl Training {
+    /// The spec with what an earlier attempt chose in the place of every `auto`.
+    pub fn settled_spec(&self) -> TrainSpec {
+        self.choices.as_ref().map_or_else(|| self.spec.clone(), |choices| self.spec.with_choices(choices))
+    }
+}
+
 /// Begins an attempt on the job of a claimed item: names the state that it goes on from, and takes
 /// out of the lineage what an earlier attempt did after that state.
 pub async fn begin_attempt(connection: &mut PgConnection, lease: &Lease) -> Result<Training, WriteError> {
@@ -49,7 +58,7 @@ pub async fn begin_attempt(connection: &mut PgConnection, lease: &Lease) -> Resu
         set state = case when state = 'cancelling' then state else 'starting' end
         where work_item_id = $1
         returning id as "id: JobId", project_id as "project: ProjectId", tokenization_id as "tokenization: TokenizationId",
-            spec as "spec: sqlx::types::Json<TrainSpec>",
+            spec as "spec: sqlx::types::Json<TrainSpec>", choices as "choices: sqlx::types::Json<Choices>",
             (select coalesce(sum(extract(epoch from ended_at - started_at)), 0)::double precision
              from attempts where work_item_id = $1) as "runtime_s!"
         "#,
@@ -103,17 +112,19 @@ pub async fn begin_attempt(connection: &mut PgConnection, lease: &Lease) -> Resu
         project: job.project,
         tokenization: job.tokenization,
         spec: job.spec.0,
+        choices: job.choices.map(|choices| choices.0),
         runtime_s: job.runtime_s,
         resume,
     })
 }
 
-/// The trainer is ready and begins to step.
+/// The trainer is ready and begins to step. What the first one chose is kept for those that go on.
 pub async fn mark_running(
     pool: &PgPool,
     lease: &Lease,
     job: &JobId,
     fingerprint: &Fingerprint,
+    choices: &Choices,
 ) -> Result<(), WriteError> {
     let mut tx = pool.begin().await?;
     leases::fence(&mut tx, lease).await?;
@@ -123,11 +134,13 @@ pub async fn mark_running(
         update jobs
         set state = case when state = 'starting' then 'running' else state end,
             started_at = coalesce(started_at, now()),
-            numerics = coalesce(numerics, $2)
+            numerics = coalesce(numerics, $2),
+            choices = coalesce(choices, $3)
         where id = $1
         "#,
         job.as_str(),
         json!(fingerprint),
+        json!(choices),
     )
     .execute(&mut *tx)
     .await?;
@@ -135,7 +148,7 @@ pub async fn mark_running(
         kind: EventType::Started,
         lease_epoch: Some(lease.lease_epoch),
         message: &format!("training on {}", fingerprint.device),
-        data: json!({"fingerprint": fingerprint}),
+        data: json!({"fingerprint": fingerprint, "choices": choices}),
     };
     events::append(&mut tx, job, event).await?;
     tx.commit().await?;

@@ -5,10 +5,24 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{job::FailureKind, lineage::NodeKind, spec::Linear};
+use super::{
+    job::FailureKind,
+    lineage::NodeKind,
+    offer::Offer,
+    spec::{Choices, Linear},
+};
 
 /// Version of this contract and of the state files. A worker claims only what its trainer understands.
-pub const FORMAT_VERSION: i64 = 2;
+pub const FORMAT_VERSION: i64 = 3;
+
+/// What a trainer that is asked with `--probe` says of its machine, on stdout.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Probe {
+    #[serde(flatten)]
+    pub offer: Offer,
+    /// Why the GPUs of a machine with a driver cannot be used.
+    pub gpu_problem: Option<String>,
+}
 
 /// What the worker asks of a running trainer. End of file means that the worker is gone: stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +46,8 @@ pub enum Event {
         step: i64,
         num_params: i64,
         fingerprint: Fingerprint,
+        /// What the run goes by where the spec says `auto`.
+        choices: Choices,
     },
     /// One update is done. `step` counts the updates done so far, so the first one reports 1.
     Step(StepReport),

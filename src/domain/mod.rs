@@ -8,6 +8,7 @@ pub mod job;
 pub mod json;
 pub mod lineage;
 pub mod memory;
+pub mod offer;
 pub mod problem;
 pub mod schedule;
 pub mod spec;

@@ -1,38 +1,106 @@
 //! The device of a run, and what its numerics depend on.
 
-use tch::{Cuda, Device};
-
-use super::{error::TrainError, native};
-use crate::domain::{
-    contract::Fingerprint,
-    job::FailureKind,
-    spec::{self, TrainSpec},
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    time::Instant,
 };
+
+use tch::{Cuda, Device, Kind, Tensor};
+
+use super::{
+    error::TrainError,
+    host_memory,
+    native::{self, Driver, NoCuda},
+};
+use crate::domain::{
+    contract::{Fingerprint, Probe},
+    job::FailureKind,
+    offer::Offer,
+    spec::{self, Choices},
+};
+
+/// Products that are timed in each precision; the fastest counts.
+const NUM_PRODUCTS: usize = 3;
 
 /// Sets libtorch up and picks the device. Must be called once, before anything else touches libtorch.
 pub fn set_up(wanted: spec::Device, num_threads: Option<i32>) -> Result<Device, TrainError> {
-    if wanted != spec::Device::Cpu {
-        native::open_cuda();
-    }
+    let cuda = (wanted != spec::Device::Cpu).then(open_cuda);
     tch::set_num_interop_threads(1);
     tch::set_num_threads(num_threads.unwrap_or_else(num_cores));
-    match (wanted, wanted != spec::Device::Cpu && Cuda::is_available()) {
-        (spec::Device::Cuda, false) => Err(TrainError::new(
-            FailureKind::Infrastructure,
-            "the job asks for a GPU, and libtorch finds none here; see the log for the reason",
-        )),
-        (_, true) => Ok(Device::Cuda(0)),
-        (_, false) => Ok(Device::Cpu),
+    match (wanted, cuda) {
+        (_, Some(Ok(()))) => Ok(Device::Cuda(0)),
+        (spec::Device::Cuda, Some(Err(reason))) => {
+            let message = format!("the job asks for a GPU, and this machine offers none: {reason}");
+            Err(TrainError::new(FailureKind::Infrastructure, message))
+        }
+        (_, Some(Err(NoCuda::Broken(reason)))) => {
+            tracing::warn!(reason, "no GPU can be used here; the CPU trains");
+            Ok(Device::Cpu)
+        }
+        (_, Some(Err(NoCuda::NoDriver)) | None) => Ok(Device::Cpu),
     }
 }
 
-/// The best device that libtorch finds, and the number of GPUs.
-pub fn available() -> (spec::Device, i64) {
-    native::open_cuda();
+/// What a job finds here: the best device that libtorch can use, and how it does.
+pub fn probe() -> Probe {
+    let (device, num_gpus, gpu_problem) = match open_cuda() {
+        Ok(()) => (Device::Cuda(0), Cuda::device_count(), None),
+        Err(NoCuda::NoDriver) => (Device::Cpu, 0, None),
+        Err(NoCuda::Broken(reason)) => (Device::Cpu, 0, Some(reason)),
+    };
+    let offer =
+        Offer { device: kind(device), num_gpus, memory_bytes: total_bytes(device), bf16_speedup: bf16_speedup(device) };
+    Probe { offer, gpu_problem }
+}
+
+/// Makes libtorch see the GPUs, or says why it does not.
+fn open_cuda() -> Result<(), NoCuda> {
+    native::open_cuda()?;
     match Cuda::is_available() {
-        true => (spec::Device::Cuda, Cuda::device_count()),
-        false => (spec::Device::Cpu, 0),
+        true => Ok(()),
+        false => Err(NoCuda::Broken("the driver finds GPUs, and libtorch does not".into())),
     }
+}
+
+/// The device in the terms of a spec.
+pub fn kind(device: Device) -> spec::Device {
+    if device.is_cuda() { spec::Device::Cuda } else { spec::Device::Cpu }
+}
+
+/// The memory of the device, as far as this process may use it.
+pub fn total_bytes(device: Device) -> Option<i64> {
+    match device {
+        Device::Cuda(index) => Driver::open().and_then(|driver| driver.gpu_memory_bytes(index as i32)).ok(),
+        _ => host_memory::total_bytes(),
+    }
+}
+
+/// What of it is free. Of a GPU nobody has been asked for that.
+pub fn free_bytes(device: Device) -> Option<i64> {
+    if device.is_cuda() { None } else { host_memory::available_bytes() }
+}
+
+/// How much faster a matrix product is in bf16 than in fp32; `None` where it cannot be measured.
+fn bf16_speedup(device: Device) -> Option<f64> {
+    // Large enough for the rate to be that of large products, small enough for some milliseconds.
+    let size = if device.is_cuda() { 4_096 } else { 256 };
+    let measure = || {
+        let best_s = |precision| {
+            let operand = Tensor::ones([size, size], (precision, device));
+            let product_s = || {
+                let started = Instant::now();
+                // Reading an element waits for the device.
+                let _ = operand.mm(&operand).get(0).get(0).double_value(&[]);
+                started.elapsed().as_secs_f64()
+            };
+            // The first one sets libraries up.
+            (0..=NUM_PRODUCTS).map(|_| product_s()).fold(f64::INFINITY, f64::min)
+        };
+        best_s(Kind::Float) / best_s(Kind::BFloat16)
+    };
+    // libtorch throws where a library of it does not know the device.
+    let speedup = catch_unwind(AssertUnwindSafe(measure)).ok()?;
+    speedup.is_finite().then_some(speedup)
 }
 
 fn num_cores() -> i32 {
@@ -43,7 +111,7 @@ fn num_cores() -> i32 {
 ///
 /// On the CPU this is tested. On CUDA `deterministic` has not been measured: nothing here selects libtorch's
 /// deterministic algorithms yet.
-pub fn fingerprint(device: Device, spec: &TrainSpec) -> Fingerprint {
+pub fn fingerprint(device: Device, choices: &Choices) -> Fingerprint {
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let field = |name: &str| {
         let line = cpuinfo.lines().find(|line| line.starts_with(name))?;
@@ -56,7 +124,8 @@ pub fn fingerprint(device: Device, spec: &TrainSpec) -> Fingerprint {
     Fingerprint {
         device: match device {
             Device::Cuda(index) => {
-                format!("cuda ({})", native::gpu_name(index as i32).unwrap_or_else(|| "unnamed".into()))
+                let name = Driver::open().and_then(|driver| driver.gpu_name(index as i32));
+                format!("cuda ({})", name.unwrap_or_else(|_| "unnamed".into()))
             }
             _ => format!("cpu ({})", field("model name").unwrap_or_else(|| "unnamed".into())),
         },
@@ -64,6 +133,6 @@ pub fn fingerprint(device: Device, spec: &TrainSpec) -> Fingerprint {
         num_threads: i64::from(tch::get_num_threads()),
         libtorch: env!("LIBTORCH_VERSION").into(),
         trainer: env!("CARGO_PKG_VERSION").into(),
-        micro_batch_seqs: spec.batch.micro_batch_seqs,
+        micro_batch_seqs: choices.micro_batch_seqs,
     }
 }

@@ -2,7 +2,10 @@
 
 use std::{any::Any, fmt::Display, path::Path};
 
-use crate::domain::{job::FailureKind, memory::MemoryNeeds, spec::TrainSpec};
+use tch::Device;
+
+use super::device;
+use crate::domain::{job::FailureKind, memory, spec::TrainSpec};
 
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
@@ -41,12 +44,15 @@ impl TrainError {
         Self::new(kind_of(&message), message)
     }
 
-    /// Of a run that memory was too small for: what it holds there, so that its owner sees what to make smaller.
-    pub fn with_sizes(self, spec: &TrainSpec) -> Self {
+    /// Of a run that memory was too small for: what it holds there, and which settings would fit.
+    pub fn with_sizes(self, spec: &TrainSpec, device: Device) -> Self {
         if self.kind != FailureKind::OutOfMemory {
             return self;
         }
-        let message = format!("out of memory: {}. libtorch says: {}", MemoryNeeds::of(spec), self.message);
+        // Of a GPU the whole, of the host what this process has given back by now and others have left.
+        let memory_bytes = device::free_bytes(device).or_else(|| device::total_bytes(device));
+        let sizes = memory::too_large(spec, device::kind(device), memory_bytes);
+        let message = format!("out of memory: {sizes}. libtorch says: {}", self.message);
         Self { message, ..self }
     }
 }

@@ -35,13 +35,15 @@ pub fn evaluate(
 ) -> Option<Evaluation> {
     let sequence_length = spec.batch.sequence_length;
     let num_rows = (spec.eval.max_tokens / sequence_length).clamp(1, split.num_rows);
+    // Settled in the spec of every run.
+    let micro_batch_seqs = spec.batch.micro_batch_seqs.seqs().unwrap_or(1);
     let mut summed_loss = 0.0;
     let mut first_row = 0;
     while first_row < num_rows {
         if is_interrupted() {
             return None;
         }
-        let end = (first_row + spec.batch.micro_batch_seqs).min(num_rows);
+        let end = (first_row + micro_batch_seqs).min(num_rows);
         let rows = split.rows(first_row..end, device);
         summed_loss += engine.summed_loss(&rows).double_value(&[]); // device sync
         first_row = end;

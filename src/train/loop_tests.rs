@@ -14,7 +14,7 @@ use crate::domain::{
     contract::{Event, RankCount},
     job::FailureKind,
     lineage::NodeKind,
-    spec::{CheckpointsSpec, EvalSpec, Linear, TrainSpec},
+    spec::{CheckpointsSpec, Choices, EvalSpec, Linear, MergedPlan, TrainSpec},
 };
 
 fn final_weights(dir: &Path) -> Vec<u8> {
@@ -298,14 +298,41 @@ fn a_state_of_another_spec_or_version_is_refused_by_name() {
     let error = resume(json!({"seed": 12}));
     assert_eq!(error.kind, FailureKind::UserConfig);
     assert!(error.message.contains("seed"), "{error}");
+    let error = resume(json!({"memory": {"frozen_weights": "int8"}}));
+    assert!(error.message.contains("memory/frozen_weights differ"), "{error}");
 
     let json = fs::read_to_string(state.join("state.json")).expect("read state");
-    fs::write(state.join("state.json"), json.replace("\"format_version\": 2", "\"format_version\": 3")).expect("write");
-    assert!(resume(json!({})).message.contains("format_version 3"));
+    fs::write(state.join("state.json"), json.replace("\"format_version\": 3", "\"format_version\": 2")).expect("write");
+    assert!(resume(json!({})).message.contains("format_version 2 is not known"));
     fs::write(state.join("state.json"), json).expect("write");
 
     fs::copy(dir.path().join("out/base/4/model.safetensors"), state.join("state.safetensors")).expect("copy");
     assert!(resume(json!({})).message.contains("does not belong"));
+}
+
+#[test]
+fn a_run_that_goes_on_chooses_as_the_first_one_did() {
+    let choices = |events: &[Event]| match events.first() {
+        Some(Event::Ready { choices, fingerprint, .. }) => {
+            assert_eq!(fingerprint.micro_batch_seqs, choices.micro_batch_seqs);
+            *choices
+        }
+        other => panic!("no run is ready: {other:?}"),
+    };
+    let auto = spec(json!({"batch": {"micro_batch_seqs": "auto"}}));
+    let resident = |micro_batch_seqs| Choices { micro_batch_seqs, merged_weights: MergedPlan::Resident };
+    let dir = scratch_dir();
+    assert_eq!(choices(&train(dir.path(), &auto)), resident(5), "all of a small batch");
+
+    let dir = scratch_dir();
+    let first = try_train(dir.path(), &spec(json!({})), None, Some(6)).expect("train");
+    assert_eq!(choices(&first), resident(2));
+    let state = dir.path().join("out/states/6");
+    let rest = try_train(dir.path(), &auto, Some(state.clone()), Some(7)).expect("resume");
+    assert_eq!(choices(&rest), resident(2));
+    let given = spec(json!({"batch": {"micro_batch_seqs": 3}}));
+    let rest = try_train(dir.path(), &given, Some(state), Some(7)).expect("resume");
+    assert_eq!(choices(&rest), resident(3), "what is given counts more");
 }
 
 #[test]

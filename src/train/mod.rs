@@ -11,6 +11,7 @@ mod engine;
 mod error;
 mod eval;
 mod events;
+mod host_memory;
 mod layout;
 mod logits;
 mod model;

@@ -178,7 +178,12 @@ impl Oracle {
     }
 
     /// The summed cross-entropy of rows (b, t + 1), and the gradients of `scale` times it by name.
-    pub fn loss_and_gradients(&self, rows: &Tensor, scale: f64, place: DropoutPlace) -> (f64, BTreeMap<String, Tensor>) {
+    pub fn loss_and_gradients(
+        &self,
+        rows: &Tensor,
+        scale: f64,
+        place: DropoutPlace,
+    ) -> (f64, BTreeMap<String, Tensor>) {
         let num_targets = rows.size()[1] - 1;
         let logits = self.logits(&rows.narrow(1, 0, num_targets), Some(place));
         let targets = rows.narrow(1, 1, num_targets).reshape([-1]);

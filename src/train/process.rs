@@ -28,8 +28,9 @@ use super::{
 use crate::domain::{
     contract::{Command, Event, FORMAT_VERSION, Fingerprint},
     job::FailureKind,
+    memory,
     schedule::Schedule,
-    spec::{MethodSpec, TrainSpec},
+    spec::{Choices, MethodSpec, TrainSpec},
 };
 
 /// Trains one job: reads its spec and data from files, writes nodes into a directory, reports on stdout.
@@ -64,10 +65,9 @@ pub struct Args {
     pub profile: Option<PathBuf>,
 }
 
-/// Says on stdout what a trainer can use here: one JSON object with `device` and `num_gpus`.
+/// Says on stdout what a trainer can use here, as one JSON object.
 pub fn probe() -> ExitCode {
-    let (device, num_gpus) = device::available();
-    println!("{}", serde_json::json!({"device": device, "num_gpus": num_gpus}));
+    println!("{}", serde_json::json!(device::probe()));
     ExitCode::SUCCESS
 }
 
@@ -82,16 +82,21 @@ pub fn write_logits(checkpoint: &Path, out: &Path) -> ExitCode {
     }
 }
 
+/// A run that can begin.
+pub struct Job {
+    /// With nothing left to choose.
+    pub spec: TrainSpec,
+    pub choices: Choices,
+    pub device: tch::Device,
+}
+
 /// Runs to the last event. Whatever goes wrong becomes a `Failed` event and a non-zero exit code.
 pub fn run(args: &Args) -> ExitCode {
     let events = Events::new(std::io::stdout());
-    let result = read_spec(args).and_then(|spec| {
-        let run = || {
-            let device = device::set_up(spec.resources.device, args.threads)?;
-            train(args, spec.clone(), device, &events, events::commands_from_stdin())
-        };
-        let result = catch_unwind(AssertUnwindSafe(run));
-        result.unwrap_or_else(|panic| Err(TrainError::from_panic(&*panic))).map_err(|error| error.with_sizes(&spec))
+    let result = unless_it_panics(|| prepare(args)).and_then(|job| {
+        let (spec, device) = (job.spec.clone(), job.device);
+        let result = unless_it_panics(|| train(args, job, &events, events::commands_from_stdin()));
+        result.map_err(|error| error.with_sizes(&spec, device))
     });
     match result {
         Ok(_) => ExitCode::SUCCESS,
@@ -103,16 +108,32 @@ pub fn run(args: &Args) -> ExitCode {
     }
 }
 
+fn unless_it_panics<T>(run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| Err(TrainError::from_panic(&*panic)))
+}
+
+fn prepare(args: &Args) -> Result<Job, TrainError> {
+    let spec = read_spec(args)?;
+    let device = device::set_up(spec.resources.device, args.threads)?;
+    settle(args, &spec, device)
+}
+
+/// Settles what the spec leaves to the trainer: as the run did that this one goes on from, else by the free memory.
+pub fn settle(args: &Args, spec: &TrainSpec, device: tch::Device) -> Result<Job, TrainError> {
+    let earlier = match &args.resume {
+        Some(state_dir) => StateFile::read(state_dir)?.choices(),
+        None => None,
+    };
+    let spec = earlier.map_or_else(|| spec.clone(), |choices| spec.with_choices(&choices));
+    let choices = memory::choose(&spec, device::kind(device), device::free_bytes(device));
+    Ok(Job { spec: spec.with_choices(&choices), choices, device })
+}
+
 /// Trains to the end or to a stop, and reports which, after the last node is written.
-pub fn train(
-    args: &Args,
-    spec: TrainSpec,
-    device: tch::Device,
-    events: &Events,
-    commands: Receiver<Command>,
-) -> Result<Ending, TrainError> {
+pub fn train(args: &Args, job: Job, events: &Events, commands: Receiver<Command>) -> Result<Ending, TrainError> {
+    let Job { spec, choices, device } = job;
     let dataset = Dataset::open(&args.data, &spec)?;
-    let fingerprint = device::fingerprint(device, &spec);
+    let fingerprint = device::fingerprint(device, &choices);
     let (out_dir, eos_token_id) = (args.out.clone(), dataset.tokenization.eos_token_id);
     let mut nodes = Nodes::new(out_dir, events.clone(), args.data.clone(), eos_token_id, fingerprint.clone());
     let Start { weights, state, written_by, start_matrices } = match &args.resume {
@@ -129,6 +150,7 @@ pub fn train(
         is_settled: args.resume.is_some(),
         events: events.clone(),
         spec,
+        choices,
         device,
         dataset,
         weights,
@@ -144,6 +166,7 @@ pub fn train(
         step: run.state.step,
         num_params: run.spec.model.num_params(),
         fingerprint: fingerprint.clone(),
+        choices,
     });
     if written_by != fingerprint {
         let message = format!("numerics changed, results are no longer exact: {written_by:?}, now {fingerprint:?}");

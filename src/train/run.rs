@@ -25,7 +25,7 @@ use crate::domain::{
     contract::{Command, Event, StepReport},
     job::FailureKind,
     schedule::Schedule,
-    spec::{OptimizerReset, TrainSpec},
+    spec::{Choices, OptimizerReset, TrainSpec},
 };
 
 /// Batches in a row whose loss or gradient is not finite, after which the run has diverged.
@@ -34,6 +34,8 @@ const MAX_SKIPPED_IN_A_ROW: i64 = 10;
 /// A run between two steps.
 pub struct Run {
     pub spec: TrainSpec,
+    /// What the run goes by where the spec says `auto`.
+    pub choices: Choices,
     pub schedule: Schedule,
     pub device: tch::Device,
     pub dataset: Dataset,
@@ -281,7 +283,7 @@ impl Run {
         self.dataset.prefetch(first_seq + batch.num_seqs, batch.num_seqs);
         let mut done_seqs = 0;
         while done_seqs < batch.num_seqs {
-            let num_seqs = batch.micro_batch_seqs.min(batch.num_seqs - done_seqs);
+            let num_seqs = self.choices.micro_batch_seqs.min(batch.num_seqs - done_seqs);
             let span = self.profile.span("data", "read rows");
             let rows = self.dataset.training_rows(first_seq + done_seqs, num_seqs, self.device);
             drop(span);

@@ -17,7 +17,7 @@ use crate::domain::{
     contract::{FORMAT_VERSION, Fingerprint},
     job::FailureKind,
     lineage,
-    spec::TrainSpec,
+    spec::{Choices, TrainSpec},
 };
 
 pub const STATE_JSON: &str = "state.json";
@@ -78,6 +78,7 @@ pub struct StateFile {
     /// Updates that Adam's moments have seen: the full-rank parameters' and the factors'.
     num_updates: Vec<i64>,
     pub fingerprint: Fingerprint,
+    /// As the run went by it, with nothing left to choose.
     spec: TrainSpec,
 }
 
@@ -108,8 +109,13 @@ impl StateFile {
         }
     }
 
-    /// Refuses a spec under which the state would mean something else. How often the run is evaluated and saved, and
-    /// the micro-batch, may change.
+    /// What the run chose that wrote the state.
+    pub fn choices(&self) -> Option<Choices> {
+        self.spec.choices()
+    }
+
+    /// Refuses a spec under which the state would mean something else. How often the run is evaluated and saved,
+    /// the micro-batch, and what is computed again, may change.
     pub fn check_spec(&self, spec: &TrainSpec) -> Result<(), TrainError> {
         let theirs = &self.spec;
         let differs = [
@@ -120,6 +126,7 @@ impl StateFile {
             ("batch/num_seqs", theirs.batch.num_seqs != spec.batch.num_seqs),
             ("batch/skip_seqs", theirs.batch.skip_seqs != spec.batch.skip_seqs),
             ("batch/sequence_length", theirs.batch.sequence_length != spec.batch.sequence_length),
+            ("memory/frozen_weights", theirs.memory.frozen_weights != spec.memory.frozen_weights),
             ("precision", theirs.precision != spec.precision),
             ("seed", theirs.seed != spec.seed),
         ];

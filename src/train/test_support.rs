@@ -51,6 +51,7 @@ pub fn spec(patch: Value) -> TrainSpec {
         },
         "schedule": {"num_steps": 14, "warmup_steps": 2, "min_lr_frac": 0.1},
         "batch": {"num_seqs": 5, "sequence_length": 9, "micro_batch_seqs": 2, "skip_seqs": 0},
+        "memory": {"recompute": "cheap", "frozen_weights": "full", "merged_weights": "auto"},
         "precision": "fp32", "deterministic": true, "seed": 11,
         "eval": {"every_steps": 100, "max_tokens": 90, "prompts": []},
         "checkpoints": {"every_steps": 100}, "state_every_s": 3600,
@@ -158,7 +159,8 @@ pub fn try_train(
     let (commands, receiver) = mpsc::channel();
     let events = Arc::new(Mutex::new(Vec::new()));
     let recorder = Recorder { events: Arc::clone(&events), stop_after, commands: commands.clone() };
-    process::train(&args, spec.clone(), Device::Cpu, &Events::new(recorder), receiver)?;
+    let job = process::settle(&args, spec, Device::Cpu)?;
+    process::train(&args, job, &Events::new(recorder), receiver)?;
     drop(commands);
     Ok(events.lock().expect("events").clone())
 }

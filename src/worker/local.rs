@@ -200,8 +200,11 @@ fn newest_state(out: &Path) -> Result<PathBuf> {
 
 fn print(event: &Event, num_steps: i64) {
     match event {
-        Event::Ready { device, step, num_params, .. } => {
-            println!("training {num_params} parameters on {device}, from step {step} of {num_steps}");
+        Event::Ready { device, step, num_params, choices, .. } => {
+            let seqs = choices.micro_batch_seqs;
+            println!(
+                "training {num_params} parameters on {device}, from step {step} of {num_steps}, {seqs} sequences at once"
+            );
         }
         Event::Step(report) => println!(
             "step {}/{num_steps}  loss {:.4}  lr {:.2e}  grad norm {:.3}  {:.0} tokens/s",

@@ -31,9 +31,10 @@ use crate::{
         workers,
     },
     domain::{
+        contract::Probe,
         ids::WorkerId,
         job::{Failure, FailureKind},
-        spec::Device,
+        offer::Offer,
     },
     shutdown::Shutdown,
     storage::Store,
@@ -50,8 +51,7 @@ struct Agent {
     pool: PgPool,
     store: Store,
     work_dir: WorkDir,
-    device: Device,
-    num_gpus: i64,
+    offer: Offer,
 }
 
 /// `relora worker`: connects to the database and the store, and works until told to stop.
@@ -64,12 +64,15 @@ pub async fn run_standalone(config: WorkerConfig, shutdown: Shutdown) -> Result<
 /// Works until told to stop; running work is handed back with its state saved.
 pub async fn run(config: AgentConfig, pool: PgPool, store: Store, shutdown: Shutdown) -> Result<()> {
     let id = WorkerId::new();
-    let (device, num_gpus) = trainer::probe(&config.trainer).await?;
+    let Probe { offer, gpu_problem } = trainer::probe(&config.trainer).await?;
+    if let Some(reason) = gpu_problem {
+        tracing::warn!(reason, "no GPU can be used here; the CPU is offered alone");
+    }
     let work_dir = WorkDir::open(&config.work_dir, &id)?;
-    workers::register(&pool, &id, &config.name, device, num_gpus).await.context("register the worker")?;
-    tracing::info!(worker.id = %id, worker.name = config.name, ?device, num_gpus, "worker started");
+    workers::register(&pool, &id, &config.name, &offer).await.context("register the worker")?;
+    tracing::info!(worker.id = %id, worker.name = config.name, ?offer, "worker started");
 
-    let agent = Arc::new(Agent { id, config, pool, store, work_dir, device, num_gpus });
+    let agent = Arc::new(Agent { id, config, pool, store, work_dir, offer });
     tokio::join!(
         lane(&agent, WorkKind::Train, &shutdown),
         lane(&agent, WorkKind::Ingest, &shutdown),
@@ -134,8 +137,8 @@ async fn ingest_next(agent: &Agent, shutdown: &Shutdown) -> Result<bool> {
 
 impl Agent {
     async fn claim(&self, connection: &mut sqlx::PgConnection, kind: WorkKind) -> Result<Option<Lease>> {
-        let claimed =
-            leases::claim(connection, &self.id, kind, self.device, self.num_gpus, self.config.lease_s as f64).await;
+        let Offer { device, num_gpus, .. } = self.offer;
+        let claimed = leases::claim(connection, &self.id, kind, device, num_gpus, self.config.lease_s as f64).await;
         claimed.context("claim work")
     }
 }

@@ -20,7 +20,7 @@ use crate::{
         contract::{Fingerprint, RankCount, StepReport},
         ids::JobId,
         job::EventType,
-        spec::Linear,
+        spec::{Choices, Linear},
     },
 };
 
@@ -30,7 +30,10 @@ const STEPS_EVERY: Duration = Duration::from_millis(500);
 /// Something that the trainer reported.
 #[derive(Debug)]
 pub enum Report {
-    Ready(Fingerprint),
+    Ready {
+        fingerprint: Fingerprint,
+        choices: Choices,
+    },
     Step(StepReport),
     Eval {
         step: i64,
@@ -109,8 +112,8 @@ impl Reporter {
                 let _ = written.send(());
                 return Ok(());
             }
-            Report::Ready(fingerprint) => {
-                let write = || training::mark_running(&self.pool, &self.lease, &self.job, &fingerprint);
+            Report::Ready { fingerprint, choices } => {
+                let write = || training::mark_running(&self.pool, &self.lease, &self.job, &fingerprint, &choices);
                 return until_written("start", write).await;
             }
             Report::Eval { step, loss, perplexity, num_tokens } => (

@@ -49,7 +49,8 @@ pub async fn stage(pool: &PgPool, store: &Store, training: &Training, folder: &P
     for created in [&staged.data, &staged.out] {
         tokio::fs::create_dir(created).await.with_context(|| format!("create {}", created.display()))?;
     }
-    tokio::fs::write(&staged.spec, serde_json::to_vec_pretty(&training.spec)?).await.context("write the spec")?;
+    let spec = training.settled_spec();
+    tokio::fs::write(&staged.spec, serde_json::to_vec_pretty(&spec)?).await.context("write the spec")?;
     for file in ingestion::files(pool, &training.tokenization).await.context("list the tokens' files")? {
         download(store, &file, &staged.data.join(&file.name)).await?;
     }

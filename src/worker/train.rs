@@ -31,9 +31,10 @@ use crate::{
         training::{self, Training, TrainingEnd},
     },
     domain::{
-        contract::{Command, Event},
+        contract::{Command, Event, Fingerprint},
         job::{Failure, FailureKind},
-        memory::MemoryNeeds,
+        memory, offer,
+        spec::Choices,
     },
     shutdown::Shutdown,
 };
@@ -257,13 +258,7 @@ impl<'a> Run<'a> {
 
     fn take(&mut self, event: Event) {
         let report = match event {
-            Event::Ready { fingerprint, .. } => {
-                // The trainer has read them.
-                if let Some(weights) = self.weights.take() {
-                    tokio::spawn(async move { tokio::fs::remove_dir_all(weights).await });
-                }
-                Report::Ready(fingerprint)
-            }
+            Event::Ready { step, fingerprint, choices, .. } => return self.begin(step, fingerprint, choices),
             Event::Step(step) => Report::Step(step),
             Event::Eval { step, loss, perplexity, num_tokens } => Report::Eval { step, loss, perplexity, num_tokens },
             Event::OptimizerReset { step, reset, cleared_frac } => Report::OptimizerReset { step, reset, cleared_frac },
@@ -281,7 +276,27 @@ impl<'a> Run<'a> {
                 return;
             }
         };
-        let _ = self.reports.as_ref().map(|reports| reports.send(report));
+        self.report(report);
+    }
+
+    /// The trainer is about to step.
+    fn begin(&mut self, step: i64, fingerprint: Fingerprint, choices: Choices) {
+        // The trainer has read them.
+        if let Some(weights) = self.weights.take() {
+            tokio::spawn(async move { tokio::fs::remove_dir_all(weights).await });
+        }
+        self.training.choices.get_or_insert(choices);
+        self.report(Report::Ready { fingerprint, choices });
+        if let Some(message) = offer::bf16_warning(&self.training.spec, &[self.agent.offer]) {
+            self.report(Report::Warning { step, message });
+        }
+    }
+
+    fn report(&self, report: Report) {
+        if let Some(reports) = &self.reports {
+            // Whoever has ended early has failed, which ends the attempt.
+            let _ = reports.send(report);
+        }
     }
 
     async fn ask_to_stop(&mut self, reason: StopReason) {
@@ -327,7 +342,7 @@ impl<'a> Run<'a> {
         match exit {
             Exit::Signal(SIGKILL) if out_of_memory => failed(
                 FailureKind::OutOfMemory,
-                format!("the kernel killed the trainer for want of memory: {}", MemoryNeeds::of(&self.training.spec)),
+                format!("the kernel killed the trainer for want of memory: {}", self.too_large()),
             ),
             Exit::Signal(signal) => {
                 failed(FailureKind::Infrastructure, format!("the trainer was ended by signal {signal}"))
@@ -336,6 +351,12 @@ impl<'a> Run<'a> {
                 failed(FailureKind::Internal, format!("the trainer ended with status {code} and without a reason"))
             }
         }
+    }
+
+    /// What was too large for the memory here.
+    fn too_large(&self) -> String {
+        let (spec, offer) = (self.training.settled_spec(), &self.agent.offer);
+        memory::too_large(&spec, offer.device_for(&spec), offer.memory_for(&spec))
     }
 
     /// Stores what the trainer logged and enters its end in a failure.

@@ -13,10 +13,7 @@ use tokio::{
 };
 
 use super::log_file::LogFile;
-use crate::domain::{
-    contract::{Command, Event},
-    spec::Device,
-};
+use crate::domain::contract::{Command, Event, Probe};
 
 /// How to start a trainer.
 #[derive(Debug)]
@@ -122,8 +119,8 @@ pub enum Exit {
     Signal(i32),
 }
 
-/// Asks the trainer what it can use: the device and the number of GPUs.
-pub async fn probe(program: &Path) -> Result<(Device, i64)> {
+/// Asks the trainer what it can use.
+pub async fn probe(program: &Path) -> Result<Probe> {
     let output =
         tokio::process::Command::new(program).arg("--probe").stdin(Stdio::null()).output().await.with_context(
             || format!("start the trainer {}: build it, or name it in RELORA_TRAINER", program.display()),
@@ -132,12 +129,6 @@ pub async fn probe(program: &Path) -> Result<(Device, i64)> {
         let stderr = String::from_utf8_lossy(&output.stderr);
         bail!("the trainer {} does not start: {}", program.display(), stderr.trim_end());
     }
-    #[derive(serde::Deserialize)]
-    struct Probe {
-        device: Device,
-        num_gpus: i64,
-    }
-    let probe: Probe = serde_json::from_slice(&output.stdout)
-        .with_context(|| format!("understand what {} --probe prints", program.display()))?;
-    Ok((probe.device, probe.num_gpus))
+    serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("understand what {} --probe prints", program.display()))
 }

@@ -121,6 +121,95 @@ async fn more_gpus_than_a_trainer_can_use_are_refused_and_one_is_waited_for(pool
     assert_eq!(app.create_job(&spec).await.json()["wait_reason"], "no_fitting_slot");
 }
 
+/// A living worker with one GPU or none.
+async fn insert_worker_with(app: &TestApp, device: &str, memory_bytes: Option<i64>, bf16_speedup: Option<f64>) {
+    sqlx::query(
+        "insert into workers (id, name, version, device, num_gpus, memory_bytes, bf16_speedup)
+         values (gen_random_uuid()::text, 'w', '0', $1, case when $1 = 'cuda' then 1 else 0 end, $2, $3)",
+    )
+    .bind(device)
+    .bind(memory_bytes)
+    .bind(bf16_speedup)
+    .execute(&app.pool)
+    .await
+    .unwrap();
+}
+
+#[sqlx::test]
+async fn a_model_that_fits_on_no_worker_is_refused_with_what_it_needs(pool: PgPool) {
+    let app = TestApp::start(pool).await;
+    let (dataset, _) = app.given_tokens().await;
+    let mut spec = spec(&dataset);
+    spec["model"] = json!({"preset": "llama-1b"});
+    assert_eq!(app.create_job(&spec).await.status, 201, "no worker is known");
+
+    insert_worker_with(&app, "cpu", Some(2 << 30), None).await;
+    insert_worker_with(&app, "cpu", Some(8 << 30), None).await;
+    let refused = app.create_job(&spec).await;
+    assert_eq!(refused.problem(422).0, "invalid_spec");
+    assert_eq!(refused.pointers(), ["/model"]);
+    // 1,209 million parameters of 16 bytes each.
+    for part in ["GiB of memory at the least", "no worker has more than 8.00 GiB", "at full rank the run holds 18.0"] {
+        assert!(refused.text().contains(part), "{part}: {}", refused.text());
+    }
+    spec["model"] = json!({"preset": "llama-9m"});
+    assert_eq!(app.create_job(&spec).await.status, 201, "a small one fits");
+
+    spec["model"] = json!({"preset": "llama-1b"});
+    insert_worker_with(&app, "cuda", Some(64 << 30), None).await;
+    assert_eq!(app.create_job(&spec).await.status, 201, "it fits on the GPU");
+    spec["resources"] = json!({"device": "cpu"});
+    assert_eq!(app.create_job(&spec).await.status, 201, "nobody knows how much memory is beside that GPU");
+    spec["resources"] = json!({"device": "cuda"});
+    sqlx::query("update workers set memory_bytes = 1 where device = 'cuda'").execute(&app.pool).await.unwrap();
+    assert_eq!(app.create_job(&spec).await.pointers(), ["/model"]);
+    sqlx::query("update workers set last_seen_at = now() - interval '2 minutes' where device = 'cuda'")
+        .execute(&app.pool)
+        .await
+        .unwrap();
+    assert_eq!(app.create_job(&spec).await.status, 201, "the only GPU is gone, and another may come");
+}
+
+#[sqlx::test]
+async fn bf16_that_is_slower_wherever_the_job_may_run_is_warned_of(pool: PgPool) {
+    let app = TestApp::start(pool).await;
+    let (dataset, _) = app.given_tokens().await;
+    let mut spec = spec(&dataset);
+    let warns = async |spec: &Value| {
+        let job = app.create_job(spec).await.json();
+        let warnings = job["warnings"].as_array().unwrap().iter().map(|warning| warning.as_str().unwrap().to_owned());
+        warnings.filter(|warning| warning.starts_with("/precision: ")).collect::<Vec<_>>()
+    };
+    spec["precision"] = json!("bf16");
+    assert_eq!(warns(&spec).await, [""; 0], "no worker is known");
+    insert_worker_with(&app, "cpu", None, Some(0.25)).await;
+    insert_worker_with(&app, "cpu", None, Some(0.5)).await;
+    let warnings = warns(&spec).await;
+    assert!(warnings.len() == 1 && warnings[0].contains("0.50 times the rate"), "{warnings:?}");
+    insert_worker_with(&app, "cuda", None, Some(12.0)).await;
+    assert_eq!(warns(&spec).await, [""; 0], "it may run on the GPU");
+    spec["precision"] = json!("fp32");
+    assert_eq!(warns(&spec).await, [""; 0]);
+}
+
+#[sqlx::test]
+async fn what_the_trainer_is_left_to_choose_is_shown_once_it_has_chosen(pool: PgPool) {
+    let app = TestApp::start(pool).await;
+    let (dataset, _) = app.given_tokens().await;
+    let mut spec = spec(&dataset);
+    let job = app.create_job(&spec).await;
+    assert_eq!(job.json()["spec"]["batch"]["micro_batch_seqs"], "auto");
+    assert_eq!(job.json()["spec"]["memory"]["merged_weights"], "auto");
+    assert_eq!(job.json()["choices"], json!(null));
+    let choices = json!({"micro_batch_seqs": 2, "merged_weights": "resident"});
+    sqlx::query("update jobs set choices = $1").bind(&choices).execute(&app.pool).await.unwrap();
+    let chosen = app.find_job(&job.id()).await.json();
+    assert_eq!((&chosen["choices"], &chosen["spec"]), (&choices, &job.json()["spec"]));
+
+    spec["memory"] = json!({"frozen_weights": "int8", "merged_weights": "resident", "offload": true});
+    assert_eq!(app.create_job(&spec).await.pointers(), ["/memory/merged_weights", "/memory/offload"]);
+}
+
 #[sqlx::test]
 async fn a_spec_that_is_no_object_or_no_json_is_refused(pool: PgPool) {
     let app = TestApp::start(pool).await;

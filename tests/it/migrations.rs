@@ -2,7 +2,10 @@
 
 use relora::{
     db::MIGRATOR,
-    domain::spec::{MethodSpec, OptimizerReset, TrainSpec},
+    domain::contract::FORMAT_VERSION,
+    domain::spec::{
+        FrozenWeights, MemorySpec, MergedWeights, MethodSpec, MicroBatch, OptimizerReset, Recompute, TrainSpec,
+    },
 };
 use serde_json::{Value, json};
 use sqlx::PgPool;
@@ -78,4 +81,15 @@ async fn specs_of_the_first_version_gain_the_settings_that_came_later(pool: PgPo
     assert_eq!(reset(&specs[2]), OptimizerReset::Zero { reset_step_count: true });
     assert_eq!(reset(&specs[3]), OptimizerReset::None {});
     assert_eq!(specs[2].method.relora().unwrap().reset_every_steps, 20);
+    for spec in specs {
+        let memory = MemorySpec {
+            recompute: Recompute::Cheap,
+            frozen_weights: FrozenWeights::Full,
+            merged_weights: MergedWeights::Auto,
+        };
+        assert_eq!((spec.memory, spec.batch.micro_batch_seqs), (memory, MicroBatch::Seqs(8)));
+    }
+    let versions: Vec<i64> =
+        sqlx::query_scalar("select format_version from work_items").fetch_all(&pool).await.unwrap();
+    assert_eq!(versions, [FORMAT_VERSION]);
 }

@@ -11,11 +11,12 @@ use relora::{
         workers,
     },
     domain::{
-        contract::{NodeReport, StepReport},
+        contract::{Fingerprint, NodeReport, StepReport},
         ids::{JobId, WorkerId},
         job::{Failure, FailureKind},
         lineage::NodeKind,
-        spec::{DataFacts, Device, TrainSpecRequest},
+        offer::Offer,
+        spec::{Choices, DataFacts, Device, MergedPlan, TrainSpecRequest},
     },
 };
 use serde_json::json;
@@ -23,7 +24,8 @@ use sqlx::PgPool;
 
 async fn worker(pool: &PgPool) -> WorkerId {
     let id = WorkerId::new();
-    workers::register(pool, &id, "test", Device::Cpu, 0).await.unwrap();
+    let offer = Offer { device: Device::Cpu, num_gpus: 0, memory_bytes: Some(1 << 34), bf16_speedup: Some(0.5) };
+    workers::register(pool, &id, "test", &offer).await.unwrap();
     id
 }
 
@@ -234,6 +236,34 @@ async fn another_attempt_goes_on_from_the_last_state_and_supersedes_what_came_af
     let parents: Vec<Option<String>> =
         sqlx::query_scalar("select parent_id from nodes where kind = 'checkpoint'").fetch_all(&pool).await.unwrap();
     assert!(parents.iter().all(Option::is_some), "every checkpoint descends from the base");
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn what_the_first_attempt_chose_holds_for_all_that_follow(pool: PgPool) {
+    project(&pool, "ready").await;
+    let job = job(&pool, "j", 0).await;
+    let worker = worker(&pool).await;
+    let chosen = |micro_batch_seqs| Choices { micro_batch_seqs, merged_weights: MergedPlan::Scratch };
+    for (attempt, micro_batch_seqs) in [2, 1].into_iter().enumerate() {
+        let lease = claim(&pool, &worker).await.unwrap();
+        let training = begin(&pool, &lease).await;
+        let earlier = (attempt > 0).then(|| chosen(2));
+        assert_eq!(training.choices, earlier);
+        assert_eq!(training.settled_spec().choices(), earlier);
+        assert_eq!(training.spec.choices(), None, "the spec stays as it was submitted");
+        let fingerprint = Fingerprint {
+            device: "cpu".into(),
+            cpu_capability: String::new(),
+            num_threads: 1,
+            libtorch: "2".into(),
+            trainer: "0".into(),
+            micro_batch_seqs,
+        };
+        training::mark_running(&pool, &lease, &job, &fingerprint, &chosen(micro_batch_seqs)).await.unwrap();
+        training::finish(&pool, &lease, &TrainingEnd::Released).await.unwrap();
+    }
+    let lease = claim(&pool, &worker).await.unwrap();
+    assert_eq!(begin(&pool, &lease).await.choices, Some(chosen(2)));
 }
 
 #[sqlx::test(migrations = "./migrations")]

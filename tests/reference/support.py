@@ -28,7 +28,8 @@ def spec(model, method, optimizer, schedule, batch, **others):
     }
     return {
         "spec_version": 1, "name": "reference", "dataset": "ds_1", "tokenization": "tz_1", "model": sizes | model,
-        "method": method, "optimizer": optimizer, "schedule": schedule, "batch": batch, "precision": "fp32",
+        "method": method, "optimizer": optimizer, "schedule": schedule, "batch": batch,
+        "memory": {"recompute": "cheap", "frozen_weights": "full", "merged_weights": "auto"}, "precision": "fp32",
         "deterministic": True, "seed": 7, "eval": {"every_steps": 20, "max_tokens": 100000, "prompts": []},
         "checkpoints": {"every_steps": 10}, "state_every_s": 3600, "resources": {"device": "cpu", "num_gpus": 1},
         "priority": 0, "labels": {}, "max_runtime_s": None,

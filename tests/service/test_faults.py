@@ -33,6 +33,9 @@ def disturb_and_compare(undisturbed, disturb):
     assert job["state"] == "succeeded", job["failure"]["message"]
     assert len(claims(service, job_id)) == 2
     assert claims(service, job_id)[1]["data"]["start_step"] > 0, "the second attempt began from nothing"
+    started = [event["data"]["choices"] for event in service.events(job_id) if event["type"] == "started"]
+    assert started == [{"micro_batch_seqs": 8, "merged_weights": "resident"}] * 2
+    assert job["choices"] == started[0] and job["spec"]["batch"]["micro_batch_seqs"] == "auto"
     assert service.weights(job_id) == weights
     ranks = {event["data"]["restart"] for event in service.events(job_id) if event["type"] == "ranks"}
     assert 3 in ranks, "the ranks at the end were not counted"

@@ -5,6 +5,7 @@
 
 pub(in crate::domain) mod check;
 mod init;
+mod memory;
 mod method;
 mod normalise;
 mod normalise_method;
@@ -20,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 pub use init::InitFacts;
+pub use memory::{AutoKeyword, Choices, FrozenWeights, MemorySpec, MergedPlan, MergedWeights, MicroBatch, Recompute};
 pub use method::{
     ControlSpec, FactorsSpec, Linear, LoraSpec, MethodPreset, MethodSpec, OptimizerReset, ReloraSpec, RestartLr,
     RestartSchedule,
@@ -45,6 +47,7 @@ pub struct TrainSpec {
     pub optimizer: OptimizerSpec,
     pub schedule: ScheduleSpec,
     pub batch: BatchSpec,
+    pub memory: MemorySpec,
     pub precision: Precision,
     pub deterministic: bool,
     pub seed: i64,
@@ -148,8 +151,8 @@ pub struct BatchSpec {
     /// Sequences per update, over all devices and micro-batches.
     pub num_seqs: i64,
     pub sequence_length: i64,
-    /// Sequences that go through the model at once.
-    pub micro_batch_seqs: i64,
+    /// Sequences that go through the model at once; with `auto` as many as the trainer chooses.
+    pub micro_batch_seqs: MicroBatch,
     /// Sequences at the start of the run's order that are passed over, because an earlier job has read them.
     pub skip_seqs: i64,
 }

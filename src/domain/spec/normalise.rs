@@ -1,12 +1,12 @@
 //! From a request to a [`TrainSpec`]: every default filled in, every mistake found, all at once.
 
 use super::{
-    BatchSpec, CheckpointsSpec, EvalSpec, ModelSpec, OptimizerSpec, Precision, ResourcesSpec, ScheduleSpec, TrainSpec,
-    TrainSpecRequest,
+    BatchSpec, CheckpointsSpec, EvalSpec, FrozenWeights, MemorySpec, MergedWeights, MicroBatch, ModelSpec,
+    OptimizerSpec, Precision, Recompute, ResourcesSpec, ScheduleSpec, TrainSpec, TrainSpecRequest,
     check::{Bounds, Check, MAX_INTEGER, MAX_STEPS},
     normalise_method::fill_in_method,
     presets::{self, PRESETS},
-    request::{BatchRequest, MicroBatchRequest, ModelRequest, OptimizerRequest},
+    request::{BatchRequest, MemoryRequest, MethodType, ModelRequest, OptimizerRequest},
 };
 use crate::domain::{
     ids::{DatasetId, TokenizationId},
@@ -31,9 +31,6 @@ const MAX_GPUS: i64 = 1;
 
 /// Draws count sequences in 32 bits.
 const MAX_SEQS: i64 = (1 << 32) - 1;
-
-/// Tokens of a micro-batch that `auto` aims at.
-const AUTO_MICRO_BATCH_TOKENS: i64 = 4_096;
 
 impl TrainSpecRequest {
     /// Checks and completes the request.
@@ -62,6 +59,8 @@ impl TrainSpecRequest {
             check.problem("/schedule/num_steps", format!("makes {last_seq} sequences; a run has {MAX_SEQS} at most"));
         }
         let method = fill_in_method(check, self.method.as_ref(), &model, &schedule);
+        let kind = self.method.as_ref().and_then(|method| method.kind);
+        let memory = fill_in_memory(check, &self.memory.clone().unwrap_or_default(), kind);
         let eval = self.eval.clone().unwrap_or_default();
         let prompts = eval.prompts.unwrap_or_default();
         check.at_most_items("/eval/prompts", prompts.len(), 16);
@@ -113,6 +112,7 @@ impl TrainSpecRequest {
             method,
             schedule,
             batch,
+            memory,
         })
     }
 
@@ -234,8 +234,8 @@ fn fill_in_batch(check: &mut Check, request: &BatchRequest, data: Option<&DataFa
     let num_seqs = check.required("/batch/num_seqs", request.num_seqs, 1, 1 << 20);
     let sequence_length = check.required("/batch/sequence_length", request.sequence_length, 2, 1 << 20);
     let micro_batch_seqs = match request.micro_batch_seqs {
-        Some(MicroBatchRequest::Seqs(seqs)) => check.integer("/batch/micro_batch_seqs", seqs, 1, num_seqs),
-        _ => (AUTO_MICRO_BATCH_TOKENS / sequence_length).clamp(1, num_seqs),
+        Some(MicroBatch::Seqs(seqs)) => MicroBatch::Seqs(check.integer("/batch/micro_batch_seqs", seqs, 1, num_seqs)),
+        Some(MicroBatch::Auto(_)) | None => MicroBatch::AUTO,
     };
     let splits = data.map(|data| [("training", data.max_train_tokens), ("validation", data.max_valid_tokens)]);
     for (split, max_tokens) in splits.into_iter().flatten().filter(|&(_, max_tokens)| max_tokens < sequence_length) {
@@ -246,6 +246,28 @@ fn fill_in_batch(check: &mut Check, request: &BatchRequest, data: Option<&DataFa
     }
     let skip_seqs = check.integer("/batch/skip_seqs", request.skip_seqs.unwrap_or(0), 0, MAX_SEQS);
     BatchSpec { num_seqs, sequence_length, micro_batch_seqs, skip_seqs }
+}
+
+fn fill_in_memory(check: &mut Check, request: &MemoryRequest, method: Option<MethodType>) -> MemorySpec {
+    let spec = MemorySpec {
+        recompute: request.recompute.unwrap_or(Recompute::Cheap),
+        frozen_weights: request.frozen_weights.unwrap_or(FrozenWeights::Full),
+        merged_weights: request.merged_weights.unwrap_or(MergedWeights::Auto),
+    };
+    if spec.frozen_weights == FrozenWeights::Full {
+        return spec;
+    }
+    if let Some(kind) = method.filter(|kind| !matches!(kind, MethodType::Lora | MethodType::Relora)) {
+        let message = format!("only lora and relora have frozen weights; the method {} trains all", kind.name());
+        check.problem("/memory/frozen_weights", message);
+    }
+    if spec.merged_weights == MergedWeights::Resident {
+        check.problem(
+            "/memory/merged_weights",
+            "excludes quantised frozen weights: resident would keep all of them unquantised; take scratch or auto",
+        );
+    }
+    spec
 }
 
 fn fill_in_optimizer(check: &mut Check, request: &OptimizerRequest) -> OptimizerSpec {

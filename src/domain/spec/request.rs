@@ -6,7 +6,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::{Device, Linear, MethodPreset, Precision, RestartLr, RestartSchedule};
+use super::{
+    Device, FrozenWeights, Linear, MergedWeights, MethodPreset, MicroBatch, Precision, Recompute, RestartLr,
+    RestartSchedule,
+};
 use crate::domain::{
     ids::{DatasetId, NodeId, TokenizationId},
     json,
@@ -36,6 +39,7 @@ pub struct TrainSpecRequest {
     pub schedule: Option<ScheduleRequest>,
     #[schema(required, value_type = BatchRequest)]
     pub batch: Option<BatchRequest>,
+    pub memory: Option<MemoryRequest>,
     /// `fp32` by default.
     pub precision: Option<Precision>,
     /// Whether the same spec gives the same bits on the same kind of device; true by default.
@@ -206,25 +210,22 @@ pub struct BatchRequest {
     /// Tokens per sequence.
     #[schema(required, value_type = i64)]
     pub sequence_length: Option<i64>,
-    /// A number of sequences, or `auto`.
-    pub micro_batch_seqs: Option<MicroBatchRequest>,
+    /// Sequences that go through the model at once; `auto` by default, which leaves it to the trainer.
+    pub micro_batch_seqs: Option<MicroBatch>,
     /// Sequences at the start of the run's order to pass over, because an earlier job has read them; 0 by default.
     pub skip_seqs: Option<i64>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(untagged)]
-pub enum MicroBatchRequest {
-    #[schema(title = "MicroBatchSeqs")]
-    Seqs(i64),
-    #[schema(title = "MicroBatchAuto")]
-    Auto(AutoKeyword),
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum AutoKeyword {
-    Auto,
+/// How memory is spent.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryRequest {
+    /// What the backward pass computes again instead of keeping it; `cheap` by default. The results do not depend on it.
+    pub recompute: Option<Recompute>,
+    /// How `lora` and `relora` keep the frozen matrices on the device; `full` by default.
+    pub frozen_weights: Option<FrozenWeights>,
+    /// Where W + sBA is kept, which is applied as one matrix; `auto` by default.
+    pub merged_weights: Option<MergedWeights>,
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
@@ -265,13 +266,14 @@ impl TrainSpecRequest {
 
 /// serde also reads an object's fields from an array, in their order: nobody means that.
 fn take_out_arrays(json: &mut Value) -> Vec<Problem> {
-    const OBJECTS: [&str; 9] = [
+    const OBJECTS: [&str; 10] = [
         "/model",
         "/method/optimizer_reset",
         "/method",
         "/optimizer",
         "/schedule",
         "/batch",
+        "/memory",
         "/eval",
         "/checkpoints",
         "/resources",
@@ -304,6 +306,7 @@ mod tests {
             "method": {"type": "relora", "rank": 1.5, "optimizer_reset": {"type": "maybe"}},
             "optimizer": {"betas": [0.9, "x"]},
             "batch": {"micro_batch_seqs": "some"},
+            "memory": {"recompute": "all", "frozen": "int8"},
             "schedule": [1, 100],
         }));
         found.sort();
@@ -312,6 +315,8 @@ mod tests {
             [
                 "/batch/micro_batch_seqs",
                 "/colour",
+                "/memory/frozen",
+                "/memory/recompute",
                 "/method/optimizer_reset/type",
                 "/method/rank",
                 "/model/heads",
@@ -326,6 +331,12 @@ mod tests {
     fn a_document_that_is_no_object_is_one_problem() {
         assert_eq!(pointers(json!([1, 2])), [""]);
         assert_eq!(pointers(json!("spec")), [""]);
+    }
+
+    #[test]
+    fn the_settings_of_memory_are_an_object() {
+        assert_eq!(pointers(json!({"memory": ["none", "full", "auto"]})), ["/memory"]);
+        assert_eq!(pointers(json!({"memory": null, "batch": {"micro_batch_seqs": "auto"}})), [""; 0]);
     }
 
     #[test]

@@ -55,7 +55,9 @@ fn a_short_spec_is_completed_with_defaults() {
     assert_eq!(spec.model.vocab_size, 4_096);
     assert_eq!(spec.schedule.warmup_steps, 50);
     assert_eq!(spec.optimizer.warm_start_learning_rate, 5e-4);
-    assert_eq!(spec.batch.micro_batch_seqs, 16);
+    assert_eq!(spec.batch.micro_batch_seqs, MicroBatch::AUTO);
+    let memory = json!({"recompute": "cheap", "frozen_weights": "full", "merged_weights": "auto"});
+    assert_eq!(serde_json::to_value(spec.memory).unwrap(), memory);
     let relora = spec.method.relora().unwrap();
     assert_eq!(relora.lora.factors.scale, 0.5);
     assert_eq!(relora.lora.factors.target_modules, Linear::ALL);
@@ -257,4 +259,41 @@ fn names_that_the_database_cannot_hold_are_refused() {
         assert_eq!(TrainSpecRequest::parse(bad).1.len(), 1);
     }
     assert_eq!(pointers(with("/name", json!("x".repeat(201)))), ["/name"]);
+}
+
+#[test]
+fn quantised_weights_need_a_method_that_freezes_some_and_are_merged_in_scratch_memory() {
+    for frozen in ["int8", "nf4"] {
+        let memory = |merged: &str| json!({"frozen_weights": frozen, "merged_weights": merged});
+        assert_eq!(pointers(with("/memory", memory("resident"))), ["/memory/merged_weights"]);
+        for merged in ["auto", "scratch"] {
+            assert!(normalise(with("/memory", memory(merged))).is_ok());
+        }
+        for method in every_method() {
+            let has_frozen = method["type"] == "lora" || method["type"] == "relora";
+            let mut json = with("/method", method);
+            json["memory"] = memory("auto");
+            assert_eq!(normalise(json.clone()).is_ok(), has_frozen, "{json}");
+            assert!(has_frozen || pointers(json) == ["/memory/frozen_weights"]);
+        }
+        let mut without_method = with("/memory", memory("auto"));
+        without_method["method"] = json!({});
+        assert_eq!(pointers(without_method), ["/method/type"]);
+    }
+}
+
+#[test]
+fn a_choice_takes_the_place_of_auto_and_of_nothing_else() {
+    let choices = Choices { micro_batch_seqs: 5, merged_weights: MergedPlan::Scratch };
+    let (spec, _) = normalise(good()).unwrap();
+    assert_eq!(spec.choices(), None);
+    let settled = spec.with_choices(&choices);
+    assert_eq!(settled.choices(), Some(choices));
+    assert_eq!(TrainSpec { batch: spec.batch.clone(), memory: spec.memory, ..settled.clone() }, spec);
+    assert_eq!(serde_json::to_value(&settled).unwrap()["batch"]["micro_batch_seqs"], 5);
+
+    let mut json = with("/batch/micro_batch_seqs", json!(3));
+    json["memory"] = json!({"merged_weights": "resident"});
+    let given = Choices { micro_batch_seqs: 3, merged_weights: MergedPlan::Resident };
+    assert_eq!(normalise(json).unwrap().0.with_choices(&choices).choices(), Some(given));
 }

@@ -87,7 +87,13 @@ impl Attention {
             kept.flash = None;
             let (k, v) = (self.heads.spread(&k).flatten(1, 2), self.heads.spread(&v).flatten(1, 2));
             let (out, log_sums) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu(
-                &q, &k, &v, 0.0, true, None::<Tensor>, None,
+                &q,
+                &k,
+                &v,
+                0.0,
+                true,
+                None::<Tensor>,
+                None,
             );
             copy(&out.transpose(1, 2), &rows);
             kept.flash = Some((out, log_sums));
@@ -124,7 +130,16 @@ impl Attention {
         if let Some((out, log_sums)) = kept.flash.take() {
             let (k, v) = (self.heads.spread(&k).flatten(1, 2), self.heads.spread(&v).flatten(1, 2));
             let (dq, dk, dv) = Tensor::internal_scaled_dot_product_flash_attention_for_cpu_backward(
-                &dout, &q, &k, &v, &out, &log_sums, 0.0, true, None::<Tensor>, None,
+                &dout,
+                &q,
+                &k,
+                &v,
+                &out,
+                &log_sums,
+                0.0,
+                true,
+                None::<Tensor>,
+                None,
             );
             copy(&dq, &to_q);
             self.heads.gather(&dk, &to_k);

@@ -3,12 +3,12 @@
 use tch::{Device, Kind, Tensor};
 
 use super::{
-    Batch, Recompute,
+    Batch,
     attention::{Attended, Attention},
     projection::{Projection, Shared},
     scratch::Scratch,
 };
-use crate::train::weights::Place;
+use crate::{domain::spec::Recompute, train::weights::Place};
 
 pub struct Norm {
     weight: Place,
@@ -94,12 +94,7 @@ pub struct Pass {
 }
 
 impl Pass {
-    pub fn new(
-        attention: Attention,
-        recompute: Recompute,
-        rotary: (Tensor, Tensor),
-        products: (Kind, Device),
-    ) -> Self {
+    pub fn new(attention: Attention, recompute: Recompute, rotary: (Tensor, Tensor), products: (Kind, Device)) -> Self {
         let scratch = || Scratch::new(products);
         Self {
             attention,

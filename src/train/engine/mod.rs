@@ -25,7 +25,7 @@ use super::{
     profile::Profile,
     weights::{Place, Weights},
 };
-use crate::domain::spec::{Linear, ModelSpec, Precision, TrainSpec};
+use crate::domain::spec::{FrozenWeights, Linear, MergedPlan, ModelSpec, Precision, Recompute, TrainSpec};
 
 /// Tokens whose logits are in memory at a time.
 const LOSS_CHUNK_TOKENS: i64 = 1_024;
@@ -37,33 +37,6 @@ const PADDING: i64 = 16;
 /// Up to this length, products of whole matrices and a softmax between are quicker on the CPU than libtorch's flash
 /// attention, and their probabilities are small beside the other activations.
 const MAX_PRODUCTS_LENGTH: i64 = 512;
-
-/// Which activations the backward pass computes again. What it computes is the same to the bit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Recompute {
-    None,
-    /// Outputs of norms and products of gates.
-    Cheap,
-    /// Everything but the input of every layer.
-    Layers,
-}
-
-/// How W + sBA is kept.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum MergedPlan {
-    /// All of it, refreshed once per update.
-    Resident,
-    /// Made anew for every product.
-    Scratch,
-}
-
-/// How the matrices are kept that the factors update.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FrozenWeights {
-    Full,
-    Int8,
-    Nf4,
-}
 
 /// How the engine computes, beside what.
 #[derive(Debug, Clone, Copy)]
@@ -100,8 +73,14 @@ impl Settings {
 
     /// Those of a run.
     pub fn of(spec: &TrainSpec) -> Self {
-        let dropout = spec.method.factors().map_or(0.0, |factors| factors.dropout);
-        Self { dropout, ..Self::new(spec.precision) }
+        Self {
+            recompute: spec.memory.recompute,
+            // Settled in the spec of every run.
+            plan: spec.memory.merged_weights.plan().unwrap_or(MergedPlan::Scratch),
+            frozen_weights: spec.memory.frozen_weights,
+            dropout: spec.method.factors().map_or(0.0, |factors| factors.dropout),
+            ..Self::new(spec.precision)
+        }
     }
 }
 
@@ -183,7 +162,12 @@ impl Engine {
             head: head(spec, weights, &shared),
             vocab_size: spec.vocab_size,
             recompute: settings.recompute,
-            pass: Pass::new(Attention::new(heads, settings.max_products_length, products), settings.recompute, rotary(spec, sums), products),
+            pass: Pass::new(
+                Attention::new(heads, settings.max_products_length, products),
+                settings.recompute,
+                rotary(spec, sums),
+                products,
+            ),
             inputs: (0..=layers.len()).map(|_| Scratch::new(sums)).collect(),
             kept: (0..num_kept).map(|_| Kept::new(products, sums)).collect(),
             passing: Kept::new(products, sums),

@@ -9,12 +9,15 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{FrozenWeights, MergedPlan, Settings, quantised::Quantised, scratch::Scratch};
-use crate::train::{
-    native::kernels::MaskPlace,
-    ops::Ops,
-    profile::Profile,
-    weights::{Factors, Matrix, Place},
+use super::{Settings, quantised::Quantised, scratch::Scratch};
+use crate::{
+    domain::spec::{FrozenWeights, MergedPlan},
+    train::{
+        native::kernels::MaskPlace,
+        ops::Ops,
+        profile::Profile,
+        weights::{Factors, Matrix, Place},
+    },
 };
 
 /// What all projections of a model share: the operations, and memory for what does not outlive a product.
@@ -95,7 +98,10 @@ struct Member {
 
 enum Base {
     Trained(Place),
-    Frozen { master: Tensor, quantised: Option<Quantised> },
+    Frozen {
+        master: Tensor,
+        quantised: Option<Quantised>,
+    },
     /// The factors stand in its place.
     Absent,
 }
@@ -167,8 +173,7 @@ impl Projection {
                 Member { start, rows: matrix.rows, padded_rows, columns: matrix.columns, base, factors, number }
             })
             .collect();
-        let mut projection =
-            Self { members, inputs, outputs, weight_rows: 0, weight: None, is_alias: false, a: None };
+        let mut projection = Self { members, inputs, outputs, weight_rows: 0, weight: None, is_alias: false, a: None };
         projection.weight_rows = match projection.members.as_slice() {
             [alone] => alone.rows,
             _ => outputs,
@@ -251,15 +256,6 @@ impl Projection {
         }
     }
 
-    /// Bytes that the frozen matrices take on the device beside the parameters.
-    pub fn frozen_bytes(&self) -> i64 {
-        let of_member = |member: &Member| match &member.base {
-            Base::Frozen { quantised: Some(quantised), .. } => quantised.bytes(),
-            _ => 0,
-        };
-        self.members.iter().map(of_member).sum()
-    }
-
     /// The matrix to multiply with.
     fn weight(&self, shared: &mut Shared) -> Tensor {
         if let Some(weight) = &self.weight {
@@ -284,7 +280,9 @@ impl Projection {
                     let _ = to.shallow_clone().zero_();
                 }
                 (Base::Absent, Some(factors)) => {
-                    let _ = to.shallow_clone().copy_(&(factors.b.mm(&self.a_of(factors, member.columns)) * factors.factors.scale));
+                    let _ = to
+                        .shallow_clone()
+                        .copy_(&(factors.b.mm(&self.a_of(factors, member.columns)) * factors.factors.scale));
                 }
                 (Base::Frozen { master, quantised }, merged) => {
                     let delta = shared.delta.take(&[member.rows, member.columns]);

@@ -2,8 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::FrozenWeights;
-use crate::train::ops::Ops;
+use crate::{domain::spec::FrozenWeights, train::ops::Ops};
 
 /// Elements that share a scale in NF4 (Dettmers et al. 2023, QLoRA, section 3).
 const BLOCK: i64 = 64;
@@ -68,13 +67,6 @@ impl Quantised {
         match self {
             Self::Int8 { codes, scales } => ops.add_scaled_int8((codes, scales), delta, scale, to),
             Self::Nf4 { codes, scales, levels } => ops.add_scaled_nf4((codes, scales, levels), delta, scale, to),
-        }
-    }
-
-    pub fn bytes(&self) -> i64 {
-        let of = |tensor: &Tensor| (tensor.numel() * tensor.kind().elt_size_in_bytes()) as i64;
-        match self {
-            Self::Int8 { codes, scales } | Self::Nf4 { codes, scales, .. } => of(codes) + of(scales),
         }
     }
 }

@@ -3,9 +3,9 @@
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::{DropoutPlace, Engine, FrozenWeights, MergedPlan, Recompute, Settings};
+use super::{DropoutPlace, Engine, Settings};
 use crate::{
-    domain::spec::TrainSpec,
+    domain::spec::{FrozenWeights, MergedPlan, Recompute, TrainSpec},
     train::{
         oracle::Oracle,
         random::{Draws, Purpose},
@@ -196,10 +196,14 @@ fn quantised_weights_compute_with_what_they_stand_for() {
         let ops = super::Ops::libtorch(Kind::Double);
         for frozen in &stands_for.low_rank.as_ref().expect("wrapped").frozen {
             let master = frozen.master.copy();
-            let quantised = super::quantised::Quantised::of(&master, format, Device::Cpu).expect("a format of few bits");
+            let quantised =
+                super::quantised::Quantised::of(&master, format, Device::Cpu).expect("a format of few bits");
             quantised.add_scaled(&ops, &master.zeros_like(), 0.0, &frozen.master);
             let error = (&frozen.master - &master).abs().max().double_value(&[]);
-            assert!(error > 0.0 && error <= bound * master.abs().max().double_value(&[]), "{format:?} is off by {error}");
+            assert!(
+                error > 0.0 && error <= bound * master.abs().max().double_value(&[]),
+                "{format:?} is off by {error}"
+            );
         }
         let oracle = Oracle::new(&spec.model, &copy_trained(&weights, stands_for), Kind::Double, 0.0);
         let (_, want) = oracle.loss_and_gradients(&rows(), 0.125, PLACE);

@@ -118,7 +118,14 @@ impl Kernels {
     /// y = x / rms(x) · weight and rstd = 1 / rms(x), after sum = x + branch where there is a branch.
     ///
     /// x, sum (n, w), weight (w) and rstd (n) in the sum kind; branch, y (n, w) in the product kind.
-    pub fn rms_norm(&self, x: &Tensor, branch: Option<(&Tensor, &Tensor)>, weight: &Tensor, eps: f64, out: (&Tensor, &Tensor)) {
+    pub fn rms_norm(
+        &self,
+        x: &Tensor,
+        branch: Option<(&Tensor, &Tensor)>,
+        weight: &Tensor,
+        eps: f64,
+        out: (&Tensor, &Tensor),
+    ) {
         let (rows, width) = self.rows(x, self.sum_kind);
         let (y, rstd) = out;
         let (branch, sum) = match branch {
@@ -131,7 +138,14 @@ impl Kernels {
     }
 
     /// dx += the gradient through the norm, dweight += the weight's; `cast` receives dx in the product kind.
-    pub fn rms_norm_backward(&self, dy: &Tensor, norm: (&Tensor, &Tensor, &Tensor), dx: &Tensor, cast: Option<&Tensor>, dweight: Option<&Tensor>) {
+    pub fn rms_norm_backward(
+        &self,
+        dy: &Tensor,
+        norm: (&Tensor, &Tensor, &Tensor),
+        dx: &Tensor,
+        cast: Option<&Tensor>,
+        dweight: Option<&Tensor>,
+    ) {
         let (x, rstd, weight) = norm;
         let (rows, width) = self.rows(x, self.sum_kind);
         let dy = self.product(dy, rows * width);
@@ -140,21 +154,50 @@ impl Kernels {
         let dweight = dweight.map_or(std::ptr::null_mut(), |dweight| self.sum(dweight, width));
         // SAFETY: as in `rms_norm`.
         unsafe {
-            (self.table.rms_norm_backward)(self.threads, rows, width, dy, x.data_ptr(), rstd, weight, dx, cast, dweight);
+            (self.table.rms_norm_backward)(
+                self.threads,
+                rows,
+                width,
+                dy,
+                x.data_ptr(),
+                rstd,
+                weight,
+                dx,
+                cast,
+                dweight,
+            );
         }
     }
 
     /// Turns the first `heads` heads of every row of x (n, w) in place, or back. cos and sin are (positions, dim / 2).
-    pub fn rotate(&self, x: &Tensor, heads: i64, cos_sin: (&Tensor, &Tensor), sequence_length: i64, is_backwards: bool) {
+    pub fn rotate(
+        &self,
+        x: &Tensor,
+        heads: i64,
+        cos_sin: (&Tensor, &Tensor),
+        sequence_length: i64,
+        is_backwards: bool,
+    ) {
         let (rows, width) = self.rows(x, self.product_kind);
         let (cos, sin) = cos_sin;
         let half = cos.size()[1];
-        assert!(heads * 2 * half <= width && cos.size()[0] >= sequence_length.min(rows), "heads or positions do not fit");
+        assert!(
+            heads * 2 * half <= width && cos.size()[0] >= sequence_length.min(rows),
+            "heads or positions do not fit"
+        );
         let (cos, sin) = (self.sum(cos, cos.numel() as i64), self.sum(sin, cos.numel() as i64));
         // SAFETY: as in `rms_norm`; a row's position is below the sequence length.
         unsafe {
             (self.table.rotate)(
-                self.threads, rows, width, sequence_length, heads, 2 * half, x.data_ptr(), cos, sin,
+                self.threads,
+                rows,
+                width,
+                sequence_length,
+                heads,
+                2 * half,
+                x.data_ptr(),
+                cos,
+                sin,
                 i32::from(is_backwards),
             );
         }
@@ -240,7 +283,13 @@ impl Kernels {
     }
 
     /// to = levels[codes] · scales + scale · delta: two codes a byte, a scale for every 64 elements, 16 levels.
-    pub fn add_scaled_nf4(&self, (codes, scales, levels): (&Tensor, &Tensor, &Tensor), delta: &Tensor, scale: f64, to: &Tensor) {
+    pub fn add_scaled_nf4(
+        &self,
+        (codes, scales, levels): (&Tensor, &Tensor, &Tensor),
+        delta: &Tensor,
+        scale: f64,
+        to: &Tensor,
+    ) {
         let len = delta.numel() as i64;
         let codes = checked(codes, Kind::Uint8, (len + 1) / 2);
         let (scales, levels) = (self.sum(scales, (len + 63) / 64), self.sum(levels, 16));
@@ -267,15 +316,29 @@ impl Kernels {
         // SAFETY: as in `rms_norm`.
         unsafe {
             (self.table.dropout)(
-                self.threads, rows, width, row_width, sequence_length, x.data_ptr(), keep,
-                (Purpose::Dropout as u64) << 32 | seed as u64 & 0xffff_ffff, first_seq as u32,
-                matrix as u32, i32::from(adds), to,
+                self.threads,
+                rows,
+                width,
+                row_width,
+                sequence_length,
+                x.data_ptr(),
+                keep,
+                (Purpose::Dropout as u64) << 32 | seed as u64 & 0xffff_ffff,
+                first_seq as u32,
+                matrix as u32,
+                i32::from(adds),
+                to,
             );
         }
     }
 
     /// One update of AdamW over flat buffers in the sum kind; weight decay ends at `decayed_len`.
-    pub fn adamw(&self, [value, gradient, exp_avg, exp_avg_sq]: [&Tensor; 4], decayed_len: i64, settings: &AdamwSettings) {
+    pub fn adamw(
+        &self,
+        [value, gradient, exp_avg, exp_avg_sq]: [&Tensor; 4],
+        decayed_len: i64,
+        settings: &AdamwSettings,
+    ) {
         let len = value.numel() as i64;
         assert!(decayed_len <= len, "{decayed_len} of {len} elements decay");
         let [value, gradient, exp_avg, exp_avg_sq] = [value, gradient, exp_avg, exp_avg_sq].map(|t| self.sum(t, len));

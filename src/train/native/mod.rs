@@ -1,37 +1,48 @@
 //! The only unsafe code: what reaches below tch. Each function is safe to call.
 
+mod driver;
 pub mod kernels;
 
-use std::{ffi::CStr, fs::File, io, path::Path, path::PathBuf, slice};
+use std::{fs::File, io, path::Path, path::PathBuf, slice};
 
 use memmap2::Mmap;
 use tch::{Kind, Tensor};
 
-/// The CUDA driver: without it no GPU can be used.
-const DRIVER: &str = "libcuda.so.1";
+pub use driver::Driver;
+
+/// Why no GPU can be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NoCuda {
+    /// As on any machine without a GPU.
+    #[error("there is no NVIDIA driver")]
+    NoDriver,
+    /// There is a driver, and this keeps it from being used.
+    #[error("{0}")]
+    Broken(String),
+}
 
 /// Opens libtorch's CUDA half where it and a driver are, so that one executable serves both kinds of machine.
 ///
 /// Must run before the first CUDA query: libtorch remembers the answer. The library is looked for beside the real
 /// `libtorch_cpu.so` of this process; where it or one of its own libraries is missing, only the CPU can be used.
-pub fn open_cuda() {
+pub fn open_cuda() -> Result<(), NoCuda> {
+    Driver::open()?;
     let Some(path) = loaded_library("libtorch_cpu.so").map(|path| path.with_file_name("libtorch_cuda.so")) else {
-        return;
+        return Err(NoCuda::Broken("libtorch_cpu.so is not among the libraries of this process".into()));
     };
+    if !path.exists() {
+        return Err(NoCuda::Broken(format!("there is a driver, and no {}: this libtorch has no CUDA", path.display())));
+    }
     let flags = libloading::os::unix::RTLD_NOW | libloading::os::unix::RTLD_GLOBAL;
-    // SAFETY: the libraries' initialisers are the driver's, and libtorch's own of the same build as the loaded half.
+    // SAFETY: the library's initialisers are libtorch's own, of the same build as the loaded half.
     #[expect(unsafe_code, reason = "dlopen runs foreign initialisers")]
-    let opened = unsafe {
-        if !path.exists() || libloading::Library::new(DRIVER).is_err() {
-            return;
-        }
-        libloading::os::unix::Library::open(Some(&path), flags)
-    };
+    let opened = unsafe { libloading::os::unix::Library::open(Some(&path), flags) };
     match opened {
         // Never closed: libtorch keeps pointers into it.
         Ok(library) => std::mem::forget(library),
-        Err(error) => tracing::warn!(library.path = %path.display(), %error, "libtorch_cuda cannot be opened"),
+        Err(error) => return Err(NoCuda::Broken(format!("{} cannot be opened: {error}", path.display()))),
     }
+    Ok(())
 }
 
 /// Where a library that this process has loaded really lies, links resolved.
@@ -40,27 +51,6 @@ fn loaded_library(name: &str) -> Option<PathBuf> {
     maps.lines()
         .filter_map(|line| line.find('/').map(|at| PathBuf::from(&line[at..])))
         .find(|path| path.ends_with(name))
-}
-
-/// The name of a GPU, as the driver gives it.
-pub fn gpu_name(index: i32) -> Option<String> {
-    type Status = i32;
-    let mut device = 0i32;
-    let mut name = [0u8; 128];
-    // SAFETY: the signatures are the CUDA driver API's, stable since its first version; the buffer's length is passed.
-    #[expect(unsafe_code, reason = "calls the CUDA driver")]
-    unsafe {
-        let driver = libloading::Library::new(DRIVER).ok()?;
-        let init: libloading::Symbol<'_, unsafe extern "C" fn(u32) -> Status> = driver.get(b"cuInit\0").ok()?;
-        let get: libloading::Symbol<'_, unsafe extern "C" fn(*mut i32, i32) -> Status> =
-            driver.get(b"cuDeviceGet\0").ok()?;
-        let get_name: libloading::Symbol<'_, unsafe extern "C" fn(*mut u8, i32, i32) -> Status> =
-            driver.get(b"cuDeviceGetName\0").ok()?;
-        if init(0) != 0 || get(&mut device, index) != 0 || get_name(name.as_mut_ptr(), name.len() as i32, device) != 0 {
-            return None;
-        }
-    }
-    CStr::from_bytes_until_nul(&name).ok().map(|name| name.to_string_lossy().into_owned())
 }
 
 /// Maps a file that nobody changes while it is mapped: token shards and state files are written once, under a

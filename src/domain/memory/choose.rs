@@ -1,0 +1,117 @@
+//! The settings that fit: chosen before a run, and named after one for which memory was too small.
+
+use super::{MemoryNeeds, bytes, gib, least_bytes};
+use crate::domain::spec::{Choices, Device, FrozenWeights, MemorySpec, MergedPlan, Recompute, TrainSpec};
+
+/// Tokens of a micro-batch beyond which products do not get faster: matrices are larger than the caches by then.
+const MAX_TOKENS_CPU: i64 = 4_096;
+/// The same on a GPU: products of so many rows keep all of its multiprocessors busy for many rounds.
+const MAX_TOKENS_CUDA: i64 = 65_536;
+
+/// The share of the memory that a run is planned for, in per cent. The rest is for what the estimate does not count.
+const PLANNED_PERCENT: i64 = 80;
+
+/// Settles what a spec leaves to the trainer. `device` is the one that the run is on, `memory_bytes` what is free there;
+/// where that is not known, everything is taken to fit.
+pub fn choose(spec: &TrainSpec, device: Device, memory_bytes: Option<i64>) -> Choices {
+    let fits = |choices: Choices| memory_bytes.is_none_or(|memory| fits(spec, choices, device, memory));
+    let with = |merged_weights| move |micro_batch_seqs| Choices { micro_batch_seqs, merged_weights };
+    let is_quantised = spec.memory.frozen_weights != FrozenWeights::Full;
+    let merged_weights = spec.memory.merged_weights.plan().unwrap_or_else(|| {
+        match !is_quantised && fits(with(MergedPlan::Resident)(1)) {
+            true => MergedPlan::Resident,
+            false => MergedPlan::Scratch,
+        }
+    });
+    let max_tokens = if device == Device::Cuda { MAX_TOKENS_CUDA } else { MAX_TOKENS_CPU };
+    let most = (max_tokens / spec.batch.sequence_length).clamp(1, spec.batch.num_seqs);
+    let micro_batch_seqs = spec.batch.micro_batch_seqs.seqs().unwrap_or_else(|| {
+        let fitting = largest(most, |seqs| fits(with(merged_weights)(seqs)));
+        // With fewer than one it fails, and says why.
+        fitting.unwrap_or(1)
+    });
+    with(merged_weights)(micro_batch_seqs)
+}
+
+/// Says of a run that memory was too small for what it holds there, and which settings would fit. What the spec leaves
+/// to the trainer is chosen as for a run.
+pub fn too_large(spec: &TrainSpec, device: Device, memory_bytes: Option<i64>) -> String {
+    let choices = choose(spec, device, memory_bytes);
+    let needs = MemoryNeeds::of(spec, &choices);
+    let advice = match memory_bytes {
+        Some(memory) => remedy(spec, choices, device, memory),
+        None => "lower batch.micro_batch_seqs, set memory.recompute to layers, or take a smaller model".into(),
+    };
+    format!("{needs}; by this estimate {} at once. {advice}", gib(needs.bytes_on(device)))
+}
+
+/// The least change after which the estimate fits.
+fn remedy(spec: &TrainSpec, choices: Choices, device: Device, memory: i64) -> String {
+    let there = gib(memory);
+    let fitting = |spec: &TrainSpec, merged_weights, most| {
+        largest(most, |micro_batch_seqs| fits(spec, Choices { micro_batch_seqs, merged_weights }, device, memory))
+    };
+    // Where it should have fitted, the memory is not this run's alone, and half is a guess.
+    let should_have_fitted = fits(spec, choices, device, memory);
+    let fewer = if should_have_fitted { choices.micro_batch_seqs / 2 } else { choices.micro_batch_seqs - 1 };
+    if let Some(seqs) = fitting(spec, choices.merged_weights, fewer) {
+        return format!("{there} are there, for which a batch.micro_batch_seqs of {seqs} would do");
+    }
+    if should_have_fitted {
+        return format!("{there} are there, which should do: something else uses them");
+    }
+    let mut smallest = spec.clone();
+    for frozen_weights in smaller_forms(spec) {
+        smallest.memory = MemorySpec { recompute: Recompute::Layers, frozen_weights, ..spec.memory };
+        if let Some(seqs) = fitting(&smallest, MergedPlan::Scratch, choices.micro_batch_seqs) {
+            let settings = changes(spec, choices, frozen_weights).join(", ");
+            return format!("{there} are there, for which {settings} and a batch.micro_batch_seqs of {seqs} would do");
+        }
+    }
+    let least = gib(least_bytes(&smallest, device));
+    format!("The model does not fit: {there} are there, and it needs {least} at the least; take a smaller one")
+}
+
+/// How the frozen weights could be kept, beginning with how they are.
+fn smaller_forms(spec: &TrainSpec) -> Vec<FrozenWeights> {
+    let forms = [FrozenWeights::Full, FrozenWeights::Int8, FrozenWeights::Nf4];
+    let kept = spec.memory.frozen_weights;
+    let has_frozen = spec.method.lora().is_some();
+    forms.into_iter().skip_while(|form| *form != kept).take(if has_frozen { forms.len() } else { 1 }).collect()
+}
+
+/// The settings that save most, but for those that the run had.
+fn changes(spec: &TrainSpec, choices: Choices, frozen_weights: FrozenWeights) -> Vec<&'static str> {
+    let had = &spec.memory;
+    let is_merged = spec.method.lora().is_some();
+    let settings = [
+        (had.recompute != Recompute::Layers, "memory.recompute layers"),
+        (is_merged && choices.merged_weights != MergedPlan::Scratch, "memory.merged_weights scratch"),
+        (
+            had.frozen_weights != frozen_weights,
+            match frozen_weights {
+                FrozenWeights::Nf4 => "memory.frozen_weights nf4",
+                _ => "memory.frozen_weights int8",
+            },
+        ),
+    ];
+    settings.into_iter().filter(|(is_new, _)| *is_new).map(|(_, setting)| setting).collect()
+}
+
+fn fits(spec: &TrainSpec, choices: Choices, device: Device, memory_bytes: i64) -> bool {
+    bytes(spec, &choices, device) <= memory_bytes / 100 * PLANNED_PERCENT
+}
+
+/// The largest number up to `most` that fits. What is needed grows with it.
+fn largest(most: i64, fits: impl Fn(i64) -> bool) -> Option<i64> {
+    let (mut fitting, mut beyond) = (0, most + 1);
+    while beyond - fitting > 1 {
+        let middle = fitting + (beyond - fitting) / 2;
+        if fits(middle) {
+            fitting = middle;
+        } else {
+            beyond = middle;
+        }
+    }
+    (fitting > 0).then_some(fitting)
+}

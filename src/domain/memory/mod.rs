@@ -1,0 +1,230 @@
+//! What a run holds in memory, by what it is for: an estimate from the spec and from what the trainer chose.
+//!
+//! Not counted: libtorch's own buffers and kernels, and the copies of tensors that are on their way to the disk.
+
+mod choose;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+
+use super::spec::{
+    Choices, Device, FactorsSpec, FrozenWeights, MemorySpec, MergedPlan, MethodSpec, ModelSpec, Precision, Recompute,
+    TrainSpec,
+};
+pub use choose::{choose, too_large};
+
+/// An fp32 value with its gradient and its two moments.
+const TRAINED_BYTES: i64 = 16;
+const FP32_BYTES: i64 = 4;
+/// Tokens whose logits are there at once.
+const LOSS_CHUNK_TOKENS: i64 = 1_024;
+/// Elements of an NF4 block, which share a scale.
+const NF4_BLOCK: i64 = 64;
+
+/// Sizes in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryNeeds {
+    /// The full-rank phase; empty if there is none, as in a low-rank method without a warm start.
+    pub full_rank: WeightBytes,
+    /// The low-rank phase; empty if there is none.
+    pub low_rank: WeightBytes,
+    /// What the backward pass of a micro-batch finds kept.
+    pub activations: i64,
+    /// What a layer uses while it is computed.
+    pub transient: i64,
+    /// The logits that are there at once.
+    pub logits: i64,
+    micro_batch_seqs: i64,
+    sequence_length: i64,
+}
+
+/// What a phase holds whatever the batch.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct WeightBytes {
+    /// Trained parameters with gradients and moments, and what beside the matrices of the layers is not trained.
+    pub parameters: i64,
+    /// Copies in bf16 of the trained matrices.
+    pub bf16_copies: i64,
+    /// The frozen matrices in fp32.
+    pub master: i64,
+    /// The frozen matrices, quantised: the master then lies in host memory.
+    pub quantised: i64,
+    /// W + sBA, of all layers or of one.
+    pub merged: i64,
+}
+
+/// What a run with these choices needs on a device.
+pub fn bytes(spec: &TrainSpec, choices: &Choices, device: Device) -> i64 {
+    MemoryNeeds::of(spec, choices).bytes_on(device)
+}
+
+/// What a run needs at the least, with one sequence at a time and whatever can be computed again computed again.
+pub fn least_bytes(spec: &TrainSpec, device: Device) -> i64 {
+    MemoryNeeds::least(spec).bytes_on(device)
+}
+
+impl MemoryNeeds {
+    pub fn of(spec: &TrainSpec, choices: &Choices) -> Self {
+        let model = spec.trained_model();
+        let (hidden, intermediate) = (model.hidden_size, model.intermediate_size);
+        let element = element_bytes(spec.precision);
+        let tokens = choices.micro_batch_seqs.saturating_mul(spec.batch.sequence_length);
+        let full_rank = full_rank_bytes(&model, spec.precision);
+        let low_rank = |factors| low_rank_bytes(spec, factors, choices.merged_weights);
+        Self {
+            full_rank: if has_full_rank_phase(&spec.method) { full_rank } else { WeightBytes::default() },
+            low_rank: spec.method.factors().map(low_rank).unwrap_or_default(),
+            activations: tokens.saturating_mul(kept_bytes_per_token(&model, spec.memory.recompute, element)),
+            transient: tokens.saturating_mul(3 * FP32_BYTES * hidden + element * (hidden + 3 * intermediate)),
+            logits: element * tokens.min(LOSS_CHUNK_TOKENS) * model.vocab_size,
+            micro_batch_seqs: choices.micro_batch_seqs,
+            sequence_length: spec.batch.sequence_length,
+        }
+    }
+
+    /// With the smallest micro-batch and every activation computed again.
+    pub fn least(spec: &TrainSpec) -> Self {
+        let memory = MemorySpec { recompute: Recompute::Layers, ..spec.memory };
+        let choices = Choices { micro_batch_seqs: 1, merged_weights: MergedPlan::Scratch };
+        Self::of(&TrainSpec { memory, ..spec.clone() }, &choices)
+    }
+
+    /// All of it that lies in the device's memory at once. Beside a GPU the master of quantised weights does not.
+    pub fn bytes_on(&self, device: Device) -> i64 {
+        let phases = [self.full_rank, self.low_rank].map(|phase| phase.bytes_on(device));
+        let of_batch = self.activations.saturating_add(self.transient).saturating_add(self.logits);
+        phases.into_iter().max().unwrap_or(0).saturating_add(of_batch)
+    }
+}
+
+impl WeightBytes {
+    fn bytes_on(&self, device: Device) -> i64 {
+        let is_elsewhere = device == Device::Cuda && self.quantised > 0;
+        let master = if is_elsewhere { 0 } else { self.master };
+        self.parameters + self.bf16_copies + master + self.quantised + self.merged
+    }
+}
+
+/// Of an operand of a matrix product.
+fn element_bytes(precision: Precision) -> i64 {
+    match precision {
+        Precision::Fp32 => FP32_BYTES,
+        Precision::Bf16 => 2,
+    }
+}
+
+/// Copies in bf16 of this many elements, where products take them.
+fn bf16_bytes(precision: Precision, num_elements: i64) -> i64 {
+    match precision {
+        Precision::Fp32 => 0,
+        Precision::Bf16 => 2 * num_elements,
+    }
+}
+
+fn has_full_rank_phase(method: &MethodSpec) -> bool {
+    match method {
+        MethodSpec::Full {} | MethodSpec::Control(_) => true,
+        MethodSpec::Factorized(_) => false,
+        MethodSpec::Lora(_) | MethodSpec::Relora(_) => method.lora().is_some_and(|lora| lora.warm_start_steps > 0),
+    }
+}
+
+fn full_rank_bytes(model: &ModelSpec, precision: Precision) -> WeightBytes {
+    let head = model.vocab_size * model.hidden_size;
+    WeightBytes {
+        parameters: TRAINED_BYTES * model.num_params(),
+        bf16_copies: bf16_bytes(precision, model.num_linear_params() + head),
+        ..WeightBytes::default()
+    }
+}
+
+fn low_rank_bytes(spec: &TrainSpec, factors: &FactorsSpec, plan: MergedPlan) -> WeightBytes {
+    let model = &spec.model;
+    let layers = model.num_hidden_layers;
+    let of_a_layer = |bytes: fn(i64, i64) -> i64| factors.target_shapes(model).map(|(o, i)| bytes(o, i)).sum::<i64>();
+    let wrapped_in_a_layer = of_a_layer(|o, i| o * i);
+    let wrapped = layers * wrapped_in_a_layer;
+    let in_factors = layers * factors.rank * of_a_layer(|o, i| o + i);
+    let embedding = model.vocab_size * model.hidden_size;
+    let not_trained = if factors.train_embeddings { 0 } else { embedding }
+        + if factors.train_head || model.tie_word_embeddings { 0 } else { embedding };
+    let beside = WeightBytes {
+        parameters: TRAINED_BYTES * (model.num_params() - wrapped - not_trained + in_factors)
+            + FP32_BYTES * not_trained,
+        bf16_copies: bf16_bytes(spec.precision, model.num_linear_params() - wrapped + embedding + in_factors),
+        ..WeightBytes::default()
+    };
+    // The factors stand in the place of the matrices: nothing is frozen, and nothing merged.
+    if matches!(spec.method, MethodSpec::Factorized(_)) {
+        return beside;
+    }
+    WeightBytes {
+        master: FP32_BYTES * wrapped,
+        quantised: match spec.memory.frozen_weights {
+            FrozenWeights::Full => 0,
+            FrozenWeights::Int8 => layers * of_a_layer(|o, i| o * i + FP32_BYTES * o),
+            FrozenWeights::Nf4 => layers * of_a_layer(|o, i| (o * i + 1) / 2 + FP32_BYTES * num_blocks(o * i)),
+        },
+        merged: element_bytes(spec.precision)
+            * match plan {
+                MergedPlan::Resident => wrapped,
+                MergedPlan::Scratch => wrapped_in_a_layer,
+            },
+        ..beside
+    }
+}
+
+fn num_blocks(num_elements: i64) -> i64 {
+    (num_elements + NF4_BLOCK - 1) / NF4_BLOCK
+}
+
+/// Activations of all layers that are kept for the backward pass, per token.
+fn kept_bytes_per_token(model: &ModelSpec, recompute: Recompute, element: i64) -> i64 {
+    let (hidden, intermediate, heads) = (model.hidden_size, model.intermediate_size, model.num_attention_heads);
+    let keys_and_values = 2 * model.num_key_value_heads * model.head_dim();
+    // The residual at the layer's input and in its middle; queries, keys and values; the attention's output and the
+    // logarithms of its sums; gate and up.
+    let of_a_layer = 2 * FP32_BYTES * hidden
+        + element * (hidden + keys_and_values)
+        + element * hidden
+        + FP32_BYTES * heads
+        + element * 2 * intermediate;
+    let cheap = element * (2 * hidden + intermediate);
+    match recompute {
+        Recompute::None => model.num_hidden_layers * (of_a_layer + cheap),
+        Recompute::Cheap => model.num_hidden_layers * of_a_layer,
+        Recompute::Layers => model.num_hidden_layers * FP32_BYTES * hidden + of_a_layer,
+    }
+}
+
+impl fmt::Display for MemoryNeeds {
+    /// Names the parts, each in GiB.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let phases = [("at full rank", self.full_rank), ("at low rank", self.low_rank)];
+        for (when, phase) in phases.into_iter().filter(|(_, phase)| *phase != WeightBytes::default()) {
+            write!(f, "{when} the run holds {} of weights, gradients and moments", gib(phase.parameters))?;
+            let parts = [
+                ("copies in bf16", phase.bf16_copies),
+                ("frozen matrices", phase.master),
+                ("quantised ones", phase.quantised),
+                ("merged ones", phase.merged),
+            ];
+            for (name, bytes) in parts.into_iter().filter(|(_, bytes)| *bytes > 0) {
+                write!(f, ", {} of {name}", gib(bytes))?;
+            }
+            write!(f, "; ")?;
+        }
+        let Self { micro_batch_seqs, sequence_length, .. } = self;
+        let [activations, transient, logits] = [self.activations, self.transient, self.logits].map(gib);
+        write!(
+            f,
+            "a micro-batch of {micro_batch_seqs} x {sequence_length} tokens takes {activations} of activations, \
+             {transient} while a layer is computed and {logits} of logits"
+        )
+    }
+}
+
+pub(super) fn gib(bytes: i64) -> String {
+    format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30))
+}
