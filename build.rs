@@ -12,7 +12,7 @@ fn main() {
 mod trainer {
     use std::env;
 
-    const KERNELS: &str = "src/train/native/kernels.cpp";
+    const NATIVE: &str = "src/train/native";
 
     pub fn build() {
         let Ok(libtorch) = env::var("LIBTORCH") else {
@@ -20,42 +20,57 @@ mod trainer {
             return;
         };
         compile_kernels();
+        compile_context(&libtorch);
         link_libtorch(&libtorch);
     }
 
     /// Once per instruction set: the trainer chooses when it starts. Only the trainer is linked with them.
     fn compile_kernels() {
-        println!("cargo::rerun-if-changed=src/train/native");
+        for file in ["kernels.cpp", "kernels.h", "context.cpp"] {
+            println!("cargo::rerun-if-changed={NATIVE}/{file}");
+        }
         // A product and a sum may be one operation; nothing else is allowed to change what is computed.
         compile("baseline", &[]);
         if env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|arch| arch == "x86_64") {
             compile("avx2", &["-march=x86-64-v3"]);
             compile("avx512", &["-march=x86-64-v4", "-mprefer-vector-width=512"]);
         }
-        link_with("-lgomp");
-        link_with("-lstdc++");
     }
 
     fn compile(instruction_set: &str, flags: &[&str]) {
-        let out_dir = env::var("OUT_DIR").unwrap_or_default();
-        let mut build = cc::Build::new();
-        build
-            .cpp(true)
-            .std("c++17")
-            .opt_level(3)
-            .debug(false)
-            .warnings(true)
-            .extra_warnings(true)
-            .cargo_metadata(false);
+        let name = format!("relora_kernels_{instruction_set}");
+        let mut build = compiler();
+        build.opt_level(3).warnings(true).extra_warnings(true);
         build.flags(["-fopenmp", "-fno-math-errno", "-fno-trapping-math"]).flags(flags);
-        build.define("RELORA_TABLE", format!("relora_kernels_{instruction_set}").as_str());
-        build.file(KERNELS).out_dir(format!("{out_dir}/{instruction_set}"));
-        let library = format!("relora_kernels_{instruction_set}");
-        build.compile(&library);
-        link_with(&format!("{out_dir}/{instruction_set}/lib{library}.a"));
+        build.define("RELORA_TABLE", name.as_str()).file(format!("{NATIVE}/kernels.cpp"));
+        link_static(&mut build, &name);
+    }
+
+    /// What reaches libtorch where tch does not.
+    fn compile_context(libtorch: &str) {
+        let mut build = compiler();
+        build.opt_level(1).warnings(false).include(format!("{libtorch}/include")).file(format!("{NATIVE}/context.cpp"));
+        link_static(&mut build, "relora_context");
+    }
+
+    fn compiler() -> cc::Build {
+        let mut build = cc::Build::new();
+        build.cpp(true).std("c++17").debug(false).cargo_metadata(false);
+        build
+    }
+
+    fn link_static(build: &mut cc::Build, name: &str) {
+        // A folder for each: objects of one source have one name.
+        let out_dir = format!("{}/{name}", env::var("OUT_DIR").unwrap_or_default());
+        build.out_dir(&out_dir).compile(name);
+        link_with(&format!("{out_dir}/lib{name}.a"));
     }
 
     fn link_libtorch(libtorch: &str) {
+        for argument in ["-lgomp", "-lstdc++", "-lc10", "-ltorch_cpu"] {
+            link_with(argument);
+        }
+        link_with(&format!("-L{libtorch}/lib"));
         link_with(&format!("-Wl,-rpath,{libtorch}/lib"));
         let version_file = format!("{libtorch}/build-version");
         println!("cargo::rerun-if-changed={version_file}");

@@ -85,6 +85,9 @@ struct Train {
     /// Go on from the newest state in --out.
     #[arg(long)]
     resume: bool,
+    /// A file for the profile of some updates: a trace that ui.perfetto.dev opens.
+    #[arg(long)]
+    profile: Option<PathBuf>,
 }
 
 /// A command that talks to a server.
@@ -115,6 +118,7 @@ impl Train {
             data,
             weights: self.weights,
             resume: self.resume,
+            profile: self.profile,
         }
     }
 }

@@ -124,7 +124,7 @@ pub struct NodeFile {
     pub path: String,
 }
 
-/// What must be equal for two runs to give the same bits (design, "Bit-identity").
+/// What must be equal for two runs to give the same bits (docs/architecture.md, exact continuation).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fingerprint {
     pub device: String,

@@ -73,7 +73,7 @@ impl Schedule {
     /// Learning rate of the update with index `t`, 0-based.
     ///
     /// The warm start follows the cosine of the whole run and is stopped high on it; the low-rank
-    /// phase has a clock of its own, from 0, and a cosine over what remains (relora.md 1.8, 1.10).
+    /// phase has a clock of its own, from 0, and a cosine over what remains, as in the paper's code.
     pub fn learning_rate(&self, t: i64) -> f64 {
         if t < self.first_phase_steps {
             return self.first_lr * cosine_with_warmup(t, self.num_steps, self.first_warmup_steps, self.min_lr_frac);
@@ -139,7 +139,7 @@ fn cosine_with_warmup(t: i64, total: i64, warmup_steps: i64, min_lr_frac: f64) -
     cosine(progress(t, total, warmup_steps), min_lr_frac)
 }
 
-/// The jagged cosine (relora.md 1.8 b): at every reset the rate falls and climbs back, over
+/// The jagged cosine (Lialin et al. 2023, section 3): at every reset the rate falls and climbs back, over
 /// `warmup_steps` updates, to the value where it joins the cosine again.
 fn jagged_cosine(t: i64, total: i64, first_warmup_steps: i64, restarts: Restarts, min_lr_frac: f64) -> f64 {
     let cycle_steps = restarts.reset_every_steps;
@@ -155,7 +155,7 @@ fn jagged_cosine(t: i64, total: i64, first_warmup_steps: i64, restarts: Restarts
     joining * climbed_steps as f64 / restarts.warmup_steps as f64
 }
 
-/// The cyclical cosine (relora.md 1.8 a): every cycle warms up to the full peak and falls to the floor. The rate of the
+/// The cyclical cosine of the paper's 130M runs: every cycle warms up to the full peak and falls to the floor. The rate of the
 /// first two updates of a later cycle is next to nothing.
 fn cyclical_cosine(t: i64, cycle_steps: i64, warmup_steps: i64, min_lr_frac: f64) -> f64 {
     const NEXT_TO_NOTHING: f64 = 1e-7;
@@ -180,7 +180,7 @@ mod tests {
 
     #[test]
     fn jagged_cosine_follows_the_published_vector() {
-        // relora.md 1.8: T = 40, w0 = 4, w = 3, R = 10, m = 0.1.
+        // The schedule of the paper's code: T = 40, w0 = 4, w = 3, R = 10, m = 0.1.
         #[rustfmt::skip]
         let want = [
             0.0, 0.25, 0.5, 0.75, 1.0, 0.99829, 0.99316, 0.98467, 0.97286, 0.95784,
@@ -207,7 +207,7 @@ mod tests {
 
     #[test]
     fn cyclical_cosine_follows_the_published_vector() {
-        // relora.md 1.8: w = 3, L = 10, m = 0.1.
+        // The schedule of the paper's code: w = 3, L = 10, m = 0.1.
         let want = [
             0.0, 0.33333, 0.66667, 1.0, 0.95544, 0.83057, 0.65013, 0.44987, 0.26943, 0.14456, 1e-7, 1e-7, 0.66667, 1.0,
         ];

@@ -109,8 +109,7 @@ fn num_cores() -> i32 {
 
 /// What must be equal for two runs to give the same bits.
 ///
-/// On the CPU this is tested. On CUDA `deterministic` has not been measured: nothing here selects libtorch's
-/// deterministic algorithms yet.
+/// On the CPU this is tested; on CUDA nothing has been.
 pub fn fingerprint(device: Device, choices: &Choices) -> Fingerprint {
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let field = |name: &str| {

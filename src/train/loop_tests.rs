@@ -153,7 +153,7 @@ fn evaluating_and_saving_more_often_changes_no_bit() {
 
 #[test]
 fn the_update_gains_rank_with_every_restart_and_no_more_than_its_factors_have() {
-    // relora.md 6.5, test 5. Factors of rank 3 beside matrices of 16 and 24; three cycles.
+    // Factors of rank 3 beside matrices of 16 and 24; three cycles.
     let dir = scratch_dir();
     let patch = json!({"method": method(json!({"rank_threshold": 1e-6})), "schedule": {"num_steps": 19}});
     let events = train(dir.path(), &spec(patch));
@@ -251,6 +251,27 @@ fn a_run_that_passes_sequences_over_reads_on_where_the_other_stopped() {
     let (from_start, passed_over) = (losses(0), losses(10));
     assert_eq!(from_start[2..], passed_over[..12]);
     assert_ne!(from_start[0], from_start[2]);
+}
+
+#[test]
+fn memory_settings_change_no_bit_or_stay_near() {
+    let losses = |memory: Value| {
+        let dir = scratch_dir();
+        let events = train(dir.path(), &spec(json!({"memory": memory})));
+        let steps = events.iter().filter_map(|e| if let Event::Step(report) = e { Some(report.loss) } else { None });
+        (steps.collect::<Vec<_>>(), final_weights(dir.path()))
+    };
+    let (want, weights) = losses(json!({}));
+    for memory in [json!({"recompute": "none"}), json!({"recompute": "layers", "merged_weights": "scratch"})] {
+        assert!(losses(memory.clone()).1 == weights, "{memory}");
+    }
+    // Off by a rounding to 8 bits, and to 4, of weights that are drawn five times as large as a model's.
+    for (form, bound) in [("int8", 2e-3), ("nf4", 3e-2)] {
+        let (got, _) = losses(json!({"frozen_weights": form}));
+        assert_eq!(got[..4], want[..4], "the warm start has no frozen weights");
+        let error = got.iter().zip(&want).map(|(got, want)| (got / want - 1.0).abs()).fold(0.0, f64::max);
+        assert!(error > 0.0 && error < bound, "{form} is off by {error}");
+    }
 }
 
 #[test]

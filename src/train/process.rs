@@ -17,7 +17,7 @@ use super::{
     engine::Engine,
     error::TrainError,
     events::{self, Events},
-    logits,
+    logits, native,
     nodes::Nodes,
     profile::Profile,
     relora::Wrapping,
@@ -30,7 +30,7 @@ use crate::domain::{
     job::FailureKind,
     memory,
     schedule::Schedule,
-    spec::{Choices, MethodSpec, TrainSpec},
+    spec::{Choices, Device, MethodSpec, TrainSpec},
 };
 
 /// Trains one job: reads its spec and data from files, writes nodes into a directory, reports on stdout.
@@ -114,6 +114,10 @@ fn unless_it_panics<T>(run: impl FnOnce() -> Result<T, TrainError>) -> Result<T,
 
 fn prepare(args: &Args) -> Result<Job, TrainError> {
     let spec = read_spec(args)?;
+    // On the CPU every operation that is used is deterministic.
+    if spec.deterministic && spec.resources.device != Device::Cpu {
+        native::use_deterministic_algorithms();
+    }
     let device = device::set_up(spec.resources.device, args.threads)?;
     settle(args, &spec, device)
 }

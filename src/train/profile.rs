@@ -117,3 +117,36 @@ impl Drop for Span {
         recorder.events.borrow_mut().push(TraceEvent { name, cat, ph: "X", ts, dur, pid: 1, tid: 1 });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_profile_has_the_updates_after_the_first_ones() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("profile.json");
+        let profile = Profile::to_file(&path, Device::Cpu);
+        for _ in 0..WARMUP_UPDATES + PROFILED_UPDATES + 3 {
+            let update = profile.span("update", "update");
+            drop(profile.span("forward", "attention"));
+            drop(update);
+            profile.end_update().unwrap();
+        }
+        profile.finish().unwrap();
+        let trace: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        let events = trace["traceEvents"].as_array().unwrap();
+        assert_eq!(events.len() as i64, 2 * PROFILED_UPDATES);
+        let (inner, outer) = (&events[0], &events[1]);
+        assert_eq!((inner["name"].as_str(), outer["cat"].as_str()), (Some("attention"), Some("update")));
+        assert!(inner["ts"].as_f64() >= outer["ts"].as_f64() && inner["dur"].as_f64() <= outer["dur"].as_f64());
+    }
+
+    #[test]
+    fn without_a_file_nothing_is_recorded() {
+        let profile = Profile::default();
+        drop(profile.span("forward", "attention"));
+        profile.end_update().unwrap();
+        profile.finish().unwrap();
+    }
+}

@@ -103,7 +103,7 @@ impl<'a> Wrapping<'a> {
     }
 
     /// Weights in which the factors stand in the place of the matrices: A as ever, and B ~ U(±1/√r) too, since a zero
-    /// product would leave nothing to compute with (relora.md 1.3).
+    /// product would leave nothing to compute with.
     pub fn initial_factorized(&self, device: Device) -> Weights {
         let mut weights = self.zeros(device);
         weights.fill_initial(self.model, self.seed);

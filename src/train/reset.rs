@@ -2,7 +2,7 @@
 //!
 //! Tensors are edited in place. What is trained beside the factors keeps its state.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::{
     random::{Draws, Purpose},
@@ -66,7 +66,9 @@ fn kept_by_magnitude(moment: &Tensor, frac: f64) -> Tensor {
     if num_cleared == 0 {
         return magnitudes.ones_like();
     }
-    let (threshold, _) = magnitudes.view([-1]).kthvalue(num_cleared, 0, false);
+    // On the host: on CUDA there is no deterministic algorithm for it.
+    let (threshold, _) = magnitudes.view([-1]).to_device(Device::Cpu).kthvalue(num_cleared, 0, false);
+    let threshold = threshold.to_device(magnitudes.device());
     magnitudes.gt_tensor(&threshold).to_kind(Kind::Float)
 }
 
@@ -80,7 +82,6 @@ fn kept_at_random(moment: &Tensor, frac: f64, draws: Draws) -> Tensor {
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
 
     use super::*;
     use crate::train::weights::Parameter;

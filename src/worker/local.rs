@@ -36,6 +36,8 @@ pub struct LocalRun {
     pub weights: Option<PathBuf>,
     /// Go on from the newest state in `out`.
     pub resume: bool,
+    /// The file for a profile of some updates.
+    pub profile: Option<PathBuf>,
 }
 
 /// Where the tokens come from.
@@ -91,6 +93,7 @@ pub async fn train(run: LocalRun, shutdown: Shutdown) -> Result<()> {
         weights: run.weights.clone(),
         out: run.out.clone(),
         threads: run.threads,
+        profile: run.profile.clone(),
     };
     let log = run.out.join("trainer.log");
     let mut trainer = Trainer::spawn(&args, &log).await?;

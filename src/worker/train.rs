@@ -100,6 +100,7 @@ async fn attempt(
         resume: staged.resume.clone(),
         weights: staged.weights.clone(),
         threads: agent.config.trainer_threads,
+        profile: None,
     };
     let trainer = match Trainer::spawn(&args, &folder.path().join("trainer.log")).await {
         Ok(trainer) => trainer,

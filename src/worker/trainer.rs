@@ -26,6 +26,8 @@ pub struct TrainerArgs<'a> {
     /// The checkpoint to begin with, where there is no state to go on from.
     pub weights: Option<PathBuf>,
     pub threads: usize,
+    /// The file for a profile of some updates.
+    pub profile: Option<PathBuf>,
 }
 
 /// A running trainer. It is killed when dropped.
@@ -47,6 +49,9 @@ impl Trainer {
         }
         if let Some(weights) = &args.weights {
             command.arg("--weights").arg(weights);
+        }
+        if let Some(profile) = &args.profile {
+            command.arg("--profile").arg(profile);
         }
         let mut child = command
             .stdin(Stdio::piped())

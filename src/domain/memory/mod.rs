@@ -19,6 +19,8 @@ const TRAINED_BYTES: i64 = 16;
 const FP32_BYTES: i64 = 4;
 /// Tokens whose logits are there at once.
 const LOSS_CHUNK_TOKENS: i64 = 1_024;
+/// Up to this length the CPU keeps the probabilities of attention; a GPU keeps them at any.
+const MAX_PRODUCTS_LENGTH: i64 = 512;
 /// Elements of an NF4 block, which share a scale.
 const NF4_BLOCK: i64 = 64;
 
@@ -31,6 +33,8 @@ pub struct MemoryNeeds {
     pub low_rank: WeightBytes,
     /// What the backward pass of a micro-batch finds kept.
     pub activations: i64,
+    /// The probabilities of attention, and the scores of one layer.
+    pub probabilities: i64,
     /// What a layer uses while it is computed.
     pub transient: i64,
     /// The logits that are there at once.
@@ -76,6 +80,7 @@ impl MemoryNeeds {
             full_rank: if has_full_rank_phase(&spec.method) { full_rank } else { WeightBytes::default() },
             low_rank: spec.method.factors().map(low_rank).unwrap_or_default(),
             activations: tokens.saturating_mul(kept_bytes_per_token(&model, spec.memory.recompute, element)),
+            probabilities: tokens.saturating_mul(probability_bytes_per_token(spec, &model, element)),
             transient: tokens.saturating_mul(3 * FP32_BYTES * hidden + element * (hidden + 3 * intermediate)),
             logits: element * tokens.min(LOSS_CHUNK_TOKENS) * model.vocab_size,
             micro_batch_seqs: choices.micro_batch_seqs,
@@ -93,7 +98,10 @@ impl MemoryNeeds {
     /// All of it that lies in the device's memory at once. Beside a GPU the master of quantised weights does not.
     pub fn bytes_on(&self, device: Device) -> i64 {
         let phases = [self.full_rank, self.low_rank].map(|phase| phase.bytes_on(device));
-        let of_batch = self.activations.saturating_add(self.transient).saturating_add(self.logits);
+        let keeps_probabilities = device == Device::Cuda || self.sequence_length <= MAX_PRODUCTS_LENGTH;
+        let probabilities = if keeps_probabilities { self.probabilities } else { 0 };
+        let parts = [self.activations, probabilities, self.transient, self.logits];
+        let of_batch = parts.into_iter().fold(0, i64::saturating_add);
         phases.into_iter().max().unwrap_or(0).saturating_add(of_batch)
     }
 }
@@ -196,6 +204,14 @@ fn kept_bytes_per_token(model: &ModelSpec, recompute: Recompute, element: i64) -
         Recompute::Cheap => model.num_hidden_layers * of_a_layer,
         Recompute::Layers => model.num_hidden_layers * FP32_BYTES * hidden + of_a_layer,
     }
+}
+
+/// The probabilities of every layer that is kept whole, and the scores of the one that is computed, in fp32 and with
+/// their gradients.
+fn probability_bytes_per_token(spec: &TrainSpec, model: &ModelSpec, element: i64) -> i64 {
+    let num_layers = if spec.memory.recompute == Recompute::Layers { 1 } else { model.num_hidden_layers };
+    let per_layer = model.num_attention_heads * spec.batch.sequence_length;
+    per_layer * (num_layers * element + FP32_BYTES + element)
 }
 
 impl fmt::Display for MemoryNeeds {

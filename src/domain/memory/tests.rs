@@ -124,6 +124,10 @@ fn activations_grow_with_the_micro_batch_and_with_what_is_kept() {
     // A layer keeps of a token, in fp32: residuals 64, queries, keys and values 64, attention 32 + 8, gate and up 96.
     assert_eq!(activations("fp32"), [48 * 2 * (264 + 64 + 48), 48 * 2 * 264, 48 * (2 * 32 + 264)]);
     assert_eq!(activations("bf16"), [48 * 2 * (168 + 32 + 24), 48 * 2 * 168, 48 * (2 * 32 + 168)]);
+    // Two heads have 16 probabilities for a token, in each layer, and scores with gradients in one.
+    let probabilities = |precision: &str, recompute: &str| of(precision, recompute).probabilities;
+    assert_eq!(probabilities("fp32", "cheap"), 48 * 32 * (2 * 4 + 4 + 4));
+    assert_eq!(probabilities("bf16", "layers"), 48 * 32 * (2 + 4 + 2));
     let fp32 = of("fp32", "none");
     assert_eq!((fp32.transient, fp32.logits), (48 * (96 + 4 * 44), 4 * 48 * 10));
     let many = MemoryNeeds::of(&spec(&[]), &choices(1_000, MergedPlan::Scratch));
@@ -132,7 +136,7 @@ fn activations_grow_with_the_micro_batch_and_with_what_is_kept() {
 
 #[test]
 fn the_larger_phase_counts_and_a_master_beside_a_gpu_does_not() {
-    let of_batch = 16 * (2 * 264 + 272 + 40);
+    let of_batch = 16 * (2 * 264 + 512 + 272 + 40);
     assert_eq!(bytes(&full("fp32"), &choices(1, MergedPlan::Scratch), Device::Cpu), 18_560 + of_batch);
     assert_eq!(least_bytes(&full("fp32"), Device::Cpu), 18_560 + 16 * (2 * 32 + 264 + 272 + 40));
     let warm_start = spec(&[("/method/warm_start_steps", json!(1))]);

@@ -153,7 +153,7 @@ fn fill_in_relora(
     }
 }
 
-/// What the schedules need of their lengths (relora.md 1.8).
+/// What the schedules need of their lengths (`domain::schedule`).
 fn check_cycle(check: &mut Check, schedule: RestartSchedule, first_warmup: i64, restart_warmup: i64, cycle: i64) {
     let is_too_long = match schedule {
         RestartSchedule::Jagged => first_warmup > cycle,

@@ -1,4 +1,4 @@
-//! Model sizes of the ReLoRA paper (relora.md 1.13).
+//! Model sizes of the ReLoRA paper (Lialin et al. 2023, table 1) and of its code.
 
 /// A named model size.
 #[derive(Debug, Clone, Copy)]

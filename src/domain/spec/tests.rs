@@ -183,7 +183,7 @@ fn the_examples_are_valid_specs() {
 
 #[test]
 fn presets_have_the_papers_parameter_counts() {
-    // relora.md 1.13, vocabulary 32100, in millions.
+    // The sizes of the paper (Lialin et al. 2023, table 1) at a vocabulary of 32,100, in millions.
     #[rustfmt::skip]
     let want = [
         ("llama-9m", 9.0), ("llama-20m", 19.6), ("llama-35m", 35.3), ("llama-40m", 42.5), ("llama-60m", 58.2),

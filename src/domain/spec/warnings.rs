@@ -15,7 +15,7 @@ impl TrainSpec {
 
 fn rank_warnings(rank: i64, shapes: Vec<(i64, i64)>) -> Vec<String> {
     let mut warnings = Vec::new();
-    // Freezing saves 2·in·out FLOPs per token, the factors add 6·r·(in+out) (relora.md 6.4).
+    // Freezing saves 2·in·out FLOPs per token, the factors add 6·r·(in+out).
     let no_gain = shapes.iter().filter(|&&(o, i)| 3 * rank * (o + i) > o * i).count();
     if no_gain > 0 {
         warnings.push(format!(

@@ -243,3 +243,44 @@ fn a_smaller_micro_batch_after_a_larger_one_finds_nothing_of_it() {
     let _ = engine.forward_backward(&rows(), 1.0, PLACE);
     assert_eq!(engine.summed_loss(&few).double_value(&[]).to_bits(), fresh.to_bits());
 }
+
+#[test]
+fn padding_reaches_no_weight_that_is_exported() {
+    for change in [json!({}), json!({"vocab_size": VOCAB_SIZE + 2, "intermediate_size": 23})] {
+        let spec = spec(json!({"model": change}));
+        let weights = weights(&spec);
+        let exported = weights.merged();
+        let mut engine = Engine::new(&spec.model, &weights, Settings { padding: 16, ..settings(&spec, Kind::Float) });
+        let _ = engine.forward_backward(&rows(), 1.0, PLACE);
+        let shapes: std::collections::BTreeMap<_, _> = crate::domain::checkpoint::tensors(&spec.model)
+            .into_iter()
+            .map(|tensor| (tensor.name, tensor.shape))
+            .collect();
+        assert_eq!(exported.len(), shapes.len());
+        for ((name, before), (_, after)) in exported.iter().zip(weights.merged()) {
+            assert_eq!(after.size(), shapes[name], "{name}");
+            assert!(before.equal(&after), "{name}");
+        }
+    }
+}
+
+#[test]
+fn dropout_masks_are_the_draws_of_their_place() {
+    let kernels = crate::train::native::kernels::Kernels::new(Kind::Float, 1);
+    let (num_seqs, length, width, keep) = (3, 5, 11, 0.75);
+    let place = super::MaskPlace { seed: 9, first_seq: 40, matrix: 6, sequence_length: length };
+    let ones = Tensor::ones([num_seqs * length, width + 2], (Kind::Float, Device::Cpu));
+    let masked = ones.empty_like();
+    kernels.dropout((&ones, width), keep, place, false, &masked);
+    let quarter = (width + 3) / 4;
+    for row in 0..num_seqs * length {
+        let draws = Draws::new(9, Purpose::Dropout, [6, 40 + row / length]);
+        for column in 0..width {
+            let block = draws.block((column % quarter) as u64 | ((row % length) as u64) << 32);
+            let is_kept = f64::from(block[(column / quarter) as usize]) < keep * 4_294_967_296.0;
+            let got = masked.double_value(&[row, column]);
+            assert_eq!(got, if is_kept { f64::from((1.0 / keep) as f32) } else { 0.0 }, "row {row}, column {column}");
+        }
+        assert_eq!(masked.double_value(&[row, width]), 0.0, "padding");
+    }
+}

@@ -53,6 +53,21 @@ fn loaded_library(name: &str) -> Option<PathBuf> {
         .find(|path| path.ends_with(name))
 }
 
+#[expect(unsafe_code, reason = "context.cpp")]
+unsafe extern "C" {
+    fn relora_use_deterministic_algorithms();
+}
+
+/// Lets libtorch's operations on a GPU take deterministic algorithms alone; one that has none panics. Must be called
+/// before CUDA is used.
+pub fn use_deterministic_algorithms() {
+    // SAFETY: it sets flags, and a variable of the environment while this is the only thread.
+    #[expect(unsafe_code, reason = "calls context.cpp")]
+    unsafe {
+        relora_use_deterministic_algorithms();
+    }
+}
+
 /// Maps a file that nobody changes while it is mapped: token shards and state files are written once, under a
 /// temporary name, and then renamed.
 pub fn map_file(path: &Path) -> io::Result<Mmap> {
