@@ -1,7 +1,6 @@
 """What is measured: sizes and settings, and what follows from them by counting."""
 
 import json
-import statistics
 from collections import Counter
 from dataclasses import asdict, dataclass
 
@@ -70,15 +69,6 @@ class Case:
         dropout = f" dropout {self.dropout:g}" if self.is_low_rank else ""
         memory = "".join(f" {value}" for value in (self.memory or {}).values())
         return f"{self.model} {self.dtype} {self.method}{dropout}{memory}"
-
-
-def figures_of(speeds_tokens_per_s, peak_bytes):
-    """What a side gives of its timed updates. The best one tells what the machine can when nothing disturbs it."""
-    return {
-        "tokens_per_s": statistics.median(speeds_tokens_per_s),
-        "best_tokens_per_s": max(speeds_tokens_per_s),
-        "peak_bytes": peak_bytes,
-    }
 
 
 def linear_shapes(sizes):

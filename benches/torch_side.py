@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .cases import ADAMW, CLIP_NORM, LEARNING_RATE, NUM_WARM_UP_STEPS, Case, figures_of, matrix_products
-from .peak_memory import peak_resident_bytes, reset_peak_resident
+from .cases import ADAMW, CLIP_NORM, LEARNING_RATE, NUM_WARM_UP_STEPS, Case, matrix_products
 from .published import Llama
+from .usage import Usage
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -25,7 +25,7 @@ SQUARE_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
 def train(case, data, is_fused, is_compiled):
-    """Trains for some updates. Returns their speed and the peak of the memory."""
+    """Trains for some updates and returns their figures."""
     device = torch.device(case.device)
     model = Llama(case).to(device, DTYPES[case.dtype])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -34,20 +34,30 @@ def train(case, data, is_fused, is_compiled):
     loss_of = torch.compile(model, dynamic=False) if is_compiled else model
     batches = read_batches(case, data, device)
 
-    speeds = []
-    for step in range(NUM_WARM_UP_STEPS + case.num_steps):
-        if step == NUM_WARM_UP_STEPS:
-            reset_peak(case)
-        started = time.perf_counter()
-        update(case, loss_of, trained, optimizer, batches[step % len(batches)])
-        synchronize(case)
-        speeds.append(case.tokens_per_step / (time.perf_counter() - started))
-    return figures_of(speeds[NUM_WARM_UP_STEPS:], peak_bytes(case))
+    for step in range(NUM_WARM_UP_STEPS):
+        timed_update(case, loss_of, trained, optimizer, batches[step])
+    usage = Usage()
+    if case.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    speeds = [timed_update(case, loss_of, trained, optimizer, batches[step % len(batches)])
+              for step in range(case.num_steps)]
+    figures = usage.figures(speeds, case.tokens_per_step)
+    if case.device == "cuda":
+        figures["peak_bytes"] = torch.cuda.max_memory_allocated()
+    return figures
 
 
 def read_batches(case, data, device):
     tokens = np.fromfile(Path(data) / "train.bin", dtype="<u2").astype(np.int64)
     return torch.from_numpy(tokens).view(-1, case.num_seqs, case.sequence_length).to(device)
+
+
+def timed_update(case, loss_of, trained, optimizer, batch):
+    """Returns the speed in tokens/s."""
+    started = time.perf_counter()
+    update(case, loss_of, trained, optimizer, batch)
+    synchronize(case)
+    return case.tokens_per_step / (time.perf_counter() - started)
 
 
 def update(case, loss_of, trained, optimizer, batch):
@@ -68,42 +78,37 @@ def synchronize(case):
         torch.cuda.synchronize()
 
 
-def reset_peak(case):
-    if case.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        reset_peak_resident()
-
-
-def peak_bytes(case):
-    return torch.cuda.max_memory_allocated() if case.device == "cuda" else peak_resident_bytes()
-
-
 def measure_products(case, _data):
     """The rate of `torch.mm` at the shapes of the case, each as often as a step has it, and at a large square."""
-    flops, duration_s = 0, 0.0
+    flops, duration_s, duration_cpu_s = 0, 0.0, 0.0
     for (m, k, n, layout), count in matrix_products(case).items():
+        product_s, product_cpu_s = time_product(case, m, k, n, layout)
         flops += count * 2 * m * k * n
-        duration_s += count * product_s(case, m, k, n, layout)
+        duration_s += count * product_s
+        duration_cpu_s += count * product_cpu_s
     size = SQUARE_SIZE[case.device]
-    square_flops_per_s = 2 * size**3 / product_s(case, size, size, size, "nn")
-    return {"flops_per_s": flops / duration_s, "square_flops_per_s": square_flops_per_s}
+    square_s, _ = time_product(case, size, size, size, "nn")
+    return {
+        "flops_per_s": flops / duration_s,
+        "flops_per_cpu_s": flops / duration_cpu_s,
+        "square_flops_per_s": 2 * size**3 / square_s,
+    }
 
 
-def product_s(case, m, k, n, layout):
-    """The time of one product (m, k) (k, n)."""
+def time_product(case, m, k, n, layout):
+    """The time of one product (m, k) (k, n), and the processor time."""
     left, right = matrix(case, m, k, layout[0]), matrix(case, k, n, layout[1])
     torch.mm(left, right)
     count = 1
     while True:
         synchronize(case)
-        started = time.perf_counter()
+        started_s, started_cpu_s = time.perf_counter(), time.process_time()
         for _ in range(count):
             torch.mm(left, right)
         synchronize(case)
-        elapsed_s = time.perf_counter() - started
+        elapsed_s, elapsed_cpu_s = time.perf_counter() - started_s, time.process_time() - started_cpu_s
         if elapsed_s >= PRODUCT_S:
-            return elapsed_s / count
+            return elapsed_s / count, elapsed_cpu_s / count
         count *= 2
 
 

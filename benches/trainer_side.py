@@ -17,10 +17,9 @@ from .cases import (
     RMS_NORM_EPS,
     ROPE_THETA,
     VOCAB_SIZE,
-    figures_of,
 )
-from .peak_memory import peak_resident_bytes, reset_peak_resident
 from .sides import TIMEOUT_S, SideFailed, explain_exit
+from .usage import Usage
 
 # More than any run makes, so that no schedule ends, restarts, saves or evaluates while updates are timed.
 NEVER = 1_000_000
@@ -89,7 +88,7 @@ def write_tokens(folder, case):
 
 
 def measure_trainer(case, trainer, data, folder):
-    """Runs the trainer in a folder of its own. Returns the speed, the peak of the memory, and the device."""
+    """Runs the trainer in a folder of its own. Returns its figures and the device."""
     (folder / "spec.json").write_text(json.dumps(spec_of(case)))
     command = [trainer, folder / "spec.json", "--data", data, "--out", folder / "out"]
     command += ["--threads", str(case.num_threads)]
@@ -113,7 +112,7 @@ def measure_trainer(case, trainer, data, folder):
 
 def watch(process, case):
     """Reads events until enough updates are timed. They count once the start's are over and its nodes are on disk."""
-    speeds, device_name, is_settled = [], None, False
+    speeds, device_name, usage = [], None, None
     nodes_awaited = set(FIRST_NODES) if case.is_low_rank else set()
     for line in process.stdout:
         event = json.loads(line)
@@ -124,14 +123,12 @@ def watch(process, case):
                 nodes_awaited.discard(event["kind"])
             case "failed":
                 raise SideFailed(event["message"])
-            case "step" if is_settled:
+            case "step" if usage:
                 speeds.append(event["tokens_per_s"])
             case "step" if event["step"] >= NUM_WARM_UP_STEPS and not nodes_awaited:
-                is_settled = True
-                reset_peak_resident(process.pid)
+                usage = Usage(process.pid)
         if len(speeds) == case.num_steps:
-            peak_bytes = peak_resident_bytes(process.pid)
-            return figures_of(speeds, peak_bytes) | {"device_name": device_name}
+            return usage.figures(speeds, case.tokens_per_step) | {"device_name": device_name}
     raise SideFailed(explain_exit(process.wait()))
 
 
