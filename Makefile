@@ -16,7 +16,7 @@ relora = $(CARGO_TARGET_DIR)/release/relora
 
 # What the targets build is the same, so they take turns.
 .NOTPARALLEL:
-.PHONY: help setup build demo test lint sqlx openapi bench-service clean-demo
+.PHONY: help setup build demo test lint sqlx openapi bench bench-service clean-demo
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -49,6 +49,9 @@ sqlx: ## Write what the query macros learn of the database to .sqlx
 openapi: build ## Write the API's document to openapi/
 	@mkdir -p openapi
 	"$(relora)" openapi > openapi/openapi.json
+
+bench: build ## Compare training speed and memory with PyTorch (BENCH_FLAGS="--models 60m" and others)
+	benches/run $(BENCH_FLAGS)
 
 bench-service: build ## Measure start, claim, transfer and memory
 	@scripts/bench-service

@@ -1,0 +1,1 @@
+"""Training speed and memory of this engine beside PyTorch's, see README.md."""
