@@ -1,0 +1,48 @@
+"""What a worker's trainer found of its device decides which jobs are taken, and of what they are warned."""
+
+import json
+import os
+
+import pytest
+from local_server import BIN, Failure
+
+FOUND = {
+    "device": "cpu", "num_gpus": 0, "memory_bytes": 8 << 30, "bf16_speedup": 0.25,
+    "gpu_problem": "the driver is for CUDA 12.4",
+}
+
+
+@pytest.fixture
+def service(make_service, tmp_path):
+    """A server whose trainer finds what is written above, and trains as always."""
+    trainer = tmp_path / "trainer"
+    trainer.write_text(
+        "#!/bin/sh\n"
+        f"""[ "$1" != --probe ] || {{ echo '{json.dumps(FOUND)}'; exit; }}\n"""
+        f"""exec {BIN / "relora-trainer"} "$@"\n"""
+    )
+    os.chmod(trainer, 0o755)
+    service = make_service(RELORA_TRAINER=str(trainer))
+    service.start()
+    return service
+
+
+def test_a_job_is_measured_by_what_the_worker_found(service):
+    tokenization = service.tokenization()
+    assert "no GPU can be used here" in service.log() and FOUND["gpu_problem"] in service.log()
+
+    spec = {
+        "dataset": tokenization["dataset"], "method": {"type": "full"}, "schedule": {"num_steps": 10},
+        "batch": {"num_seqs": 2, "sequence_length": 32}, "precision": "bf16",
+        "model": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
+    }
+    with pytest.raises(Failure) as refused:
+        service.post("/v1/jobs", spec | {"model": {"preset": "llama-1b"}})
+    for part in ["status 422", '"/model"', "no worker has more than 8.00 GiB"]:
+        assert part in str(refused.value)
+
+    job = service.wait_for_end(service.post("/v1/jobs", spec)["id"])
+    assert job["state"] == "succeeded", job["failure"]
+    assert [warning for warning in job["warnings"] if "0.25 times the rate" in warning]
+    warnings = [event["message"] for event in service.events(job["id"]) if event["type"] == "warning"]
+    assert len(warnings) == 1 and "0.25 times the rate" in warnings[0]
