@@ -8,7 +8,7 @@ use safetensors::tensor::TensorInfo;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use super::{error::TrainError, native, weights::Weights};
+use super::{error::TrainError, model::parameters, native, weights::Weights};
 use crate::domain::{
     checkpoint::{
         CONFIG_FILE, EMBEDDING, HEAD, INDEX_FILE, Shard, WeightDtype, check_index, check_set, check_tensors,
@@ -42,7 +42,9 @@ pub fn first_weights(folder: Option<&Path>, spec: &TrainSpec, device: Device) ->
         return Err(TrainError::new(FailureKind::UserConfig, message));
     }
     tracing::info!(weights.path = %folder.display(), "begins with a checkpoint");
-    read_weights(folder, &spec.model, device)
+    let mut weights = Weights::of_first_phase(spec, device);
+    read_into(&mut weights, folder, &spec.model)?;
+    Ok(weights)
 }
 
 /// The model of a checkpoint.
@@ -55,6 +57,13 @@ pub fn read_model(folder: &Path) -> Result<ModelSpec, TrainError> {
 
 /// The weights of a checkpoint of this model.
 pub fn read_weights(folder: &Path, model: &ModelSpec, device: Device) -> Result<Weights, TrainError> {
+    let mut weights = Weights::zeros(model, device);
+    read_into(&mut weights, folder, model)?;
+    Ok(weights)
+}
+
+/// Sets every parameter of the model to what the checkpoint has.
+fn read_into(weights: &mut Weights, folder: &Path, model: &ModelSpec) -> Result<(), TrainError> {
     let names = file_names(folder)?;
     let refused = |problems: Vec<Problem>| match problems.is_empty() {
         true => Ok(()),
@@ -72,20 +81,19 @@ pub fn read_weights(folder: &Path, model: &ModelSpec, device: Device) -> Result<
         refused(check_index(read_json(folder, INDEX_FILE)?, &shards))?;
     }
 
-    let mut weights = Weights::zeros(model, device);
-    let wanted: BTreeSet<_> = weights.full_rank.names().map(str::to_owned).collect();
+    let wanted: BTreeSet<_> = parameters(model).into_iter().map(|parameter| parameter.name).collect();
     for (shard, file) in shards.iter().zip(&files) {
         for (name, info) in shard.header.tensors().iter().filter(|(name, _)| wanted.contains(*name)) {
-            weights.full_rank.set_by_name(name, &file.tensor(info));
+            weights.set(name, &file.tensor(info));
         }
     }
     if model.tie_word_embeddings {
         let heads = shards.iter().zip(&files).filter_map(|(shard, file)| Some((shard, file, shard.header.info(HEAD)?)));
         for (shard, file, info) in heads {
-            refused(check_tied_head(&shard.file, &file.tensor(info), &weights))?;
+            refused(check_tied_head(&shard.file, &file.tensor(info), weights))?;
         }
     }
-    Ok(weights)
+    Ok(())
 }
 
 /// A head that is stored beside the embedding that it is tied to must be that embedding: `transformers` would compute

@@ -12,7 +12,7 @@ use super::{
     random::{Draws, Purpose},
     weights::{Group, LowRankWeights, Parameter, Weights, buffer_len, views},
 };
-use crate::domain::spec::{FactorsSpec, Linear, MethodSpec, ModelSpec, TrainSpec};
+use crate::domain::spec::{FactorsSpec, FrozenWeights, Linear, MethodSpec, ModelSpec, TrainSpec};
 
 /// A matrix without a gradient: one that is wrapped, changed only by merges, or an embedding that does not train.
 pub struct Frozen {
@@ -42,6 +42,7 @@ pub struct Wrapping<'a> {
     factors: &'a FactorsSpec,
     /// Whether the factors stand in the place of the matrices.
     is_factorized: bool,
+    frozen_weights: FrozenWeights,
     seed: i64,
 }
 
@@ -52,6 +53,7 @@ impl<'a> Wrapping<'a> {
             model: &spec.model,
             factors: spec.method.factors()?,
             is_factorized: matches!(spec.method, MethodSpec::Factorized(_)),
+            frozen_weights: spec.memory.frozen_weights,
             seed: spec.seed,
         })
     }
@@ -79,24 +81,26 @@ impl<'a> Wrapping<'a> {
     /// Weights with every value zero: the shape into which a state is read.
     pub fn zeros(&self, device: Device) -> Weights {
         let wrapped = self.wrapped();
-        let mut frozen = Vec::new();
-        if !self.is_factorized {
-            frozen.extend(wrapped.iter().map(|(wrapped, (rows, columns))| Parameter {
-                name: wrapped.name.clone(),
-                shape: vec![*rows, *columns],
-                decays: false,
-            }));
-        }
+        let matrix = |(wrapped, (rows, columns)): &(Wrapped, (i64, i64))| Parameter {
+            name: wrapped.name.clone(),
+            shape: vec![*rows, *columns],
+            decays: false,
+        };
+        let matrices = if self.is_factorized { Vec::new() } else { wrapped.iter().map(matrix).collect() };
+        // Of quantised matrices the device has the codes alone.
+        let is_quantised = self.frozen_weights != FrozenWeights::Full;
+        let mut frozen = frozen_zeros(matrices, if is_quantised { Device::Cpu } else { device });
         let mut full_rank = model::parameters(self.model);
         full_rank.retain(|parameter| !wrapped.iter().any(|(wrapped, _)| wrapped.name == parameter.name));
-        frozen.extend(full_rank.extract_if(.., |parameter| self.freezes(&parameter.name)));
+        let not_trained = full_rank.extract_if(.., |parameter| self.freezes(&parameter.name)).collect();
+        frozen.extend(frozen_zeros(not_trained, device));
         let factors = factor_parameters(&wrapped, self.factors.rank);
         Weights {
             full_rank: Group::new(full_rank, device),
             low_rank: Some(LowRankWeights {
                 factors: Group::new(factors, device),
                 wrapped: wrapped.into_iter().map(|(wrapped, _)| wrapped).collect(),
-                frozen: frozen_zeros(frozen, device),
+                frozen,
                 scale: self.factors.scale,
             }),
         }
@@ -118,14 +122,20 @@ impl<'a> Wrapping<'a> {
     pub fn wrap(&self, weights: &mut Weights) {
         let _guard = tch::no_grad_guard();
         weights.full_rank.free_training_buffers();
-        let mut wrapped = self.zeros(weights.full_rank.values.device());
+        let mut wrapped = self.wrapped_zeros(weights.full_rank.values.device());
         for (name, value) in weights.full_rank.names().zip(&weights.full_rank.leaves) {
             wrapped.set(name, value);
         }
-        if let Some(low_rank) = &mut wrapped.low_rank {
+        *weights = wrapped;
+    }
+
+    /// Zeros with the factors of the first cycle.
+    fn wrapped_zeros(&self, device: Device) -> Weights {
+        let mut weights = self.zeros(device);
+        if let Some(low_rank) = &mut weights.low_rank {
             low_rank.draw_factors(self.seed, 0);
         }
-        *weights = wrapped;
+        weights
     }
 }
 
@@ -135,10 +145,18 @@ impl Weights {
         match Wrapping::of(spec) {
             Some(wrapping) if wrapping.is_factorized => wrapping.initial_factorized(device),
             _ => {
-                let mut weights = Self::zeros(&spec.model, device);
+                let mut weights = Self::of_first_phase(spec, device);
                 weights.fill_initial(&spec.model, spec.seed);
                 weights
             }
+        }
+    }
+
+    /// Zeros, and factors where there is no warm start: the memory that full-rank training takes may not be there.
+    pub fn of_first_phase(spec: &TrainSpec, device: Device) -> Self {
+        match Wrapping::of(spec).filter(|_| spec.method.lora().is_some_and(|lora| lora.warm_start_steps == 0)) {
+            Some(wrapping) => wrapping.wrapped_zeros(device),
+            None => Self::zeros(&spec.model, device),
         }
     }
 
@@ -163,7 +181,7 @@ impl Weights {
     }
 
     /// Sets the trained or frozen tensor of this name, if there is one.
-    fn set(&mut self, name: &str, value: &Tensor) {
+    pub fn set(&mut self, name: &str, value: &Tensor) {
         let _guard = tch::no_grad_guard();
         let frozen = self.low_rank.iter_mut().flat_map(|low_rank| &mut low_rank.frozen);
         match frozen.into_iter().find(|frozen| frozen.name == name) {
@@ -202,7 +220,7 @@ impl Weights {
         for (index, wrapped) in low_rank.wrapped.iter().enumerate() {
             let delta = low_rank.delta(index);
             let value = match frozen.remove(wrapped.name.as_str()) {
-                Some(master) => master + delta,
+                Some(master) => master + delta.to_device(master.device()),
                 None => delta,
             };
             merged.push((wrapped.name.clone(), value.to_device(Device::Cpu)));
@@ -229,7 +247,8 @@ impl LowRankWeights {
             let delta = self.delta(index);
             let square = delta.square().sum(Kind::Double);
             squares.entry(wrapped.linear).and_modify(|sum| *sum += &square).or_insert(square);
-            self.frozen[index].master += delta;
+            let master = &mut self.frozen[index].master;
+            *master += delta.to_device(master.device());
         }
         squares.into_iter().map(|(linear, sum)| (linear, sum.double_value(&[]).sqrt())).collect() // device sync
     }

@@ -185,7 +185,10 @@ impl Run {
     fn wrap(&mut self) {
         let Some(wrapping) = Wrapping::of(&self.spec) else { return };
         tracing::info!(step = self.state.step, "wrap");
-        wrapping.wrap(&mut self.weights);
+        // Without a warm start they are wrapped from the start.
+        if self.weights.low_rank.is_none() {
+            wrapping.wrap(&mut self.weights);
+        }
         self.engine = Engine::of(&self.spec, &self.weights);
         self.engine.profile(self.profile.clone());
         self.state.phase = Phase::LowRank;

@@ -210,7 +210,7 @@ impl Projection {
             let matrix = match &member.base {
                 Base::Trained(place) => &place.value,
                 Base::Frozen { master, .. }
-                    if !(member.factors.is_some() && Self::merges(shared)) && !member.is_quantised(shared) =>
+                    if !(member.is_quantised(shared) || member.factors.is_some() && Self::merges(shared)) =>
                 {
                     master
                 }
@@ -280,9 +280,8 @@ impl Projection {
                     let _ = to.shallow_clone().zero_();
                 }
                 (Base::Absent, Some(factors)) => {
-                    let _ = to
-                        .shallow_clone()
-                        .copy_(&(factors.b.mm(&self.a_of(factors, member.columns)) * factors.factors.scale));
+                    let product = factors.b.mm(&self.a_of(factors, member.columns));
+                    to.shallow_clone().copy_(&(product * factors.factors.scale));
                 }
                 (Base::Frozen { master, quantised }, merged) => {
                     let delta = shared.delta.take(&[member.rows, member.columns]);
