@@ -138,7 +138,7 @@ fn activations_grow_with_the_micro_batch_and_with_what_is_kept() {
 fn the_larger_phase_counts_and_a_master_beside_a_gpu_does_not() {
     let of_batch = 16 * (2 * 264 + 512 + 272 + 40);
     assert_eq!(bytes(&full("fp32"), &choices(1, MergedPlan::Scratch), Device::Cpu), 18_560 + of_batch);
-    assert_eq!(least_bytes(&full("fp32"), Device::Cpu), 18_560 + 16 * (2 * 32 + 264 + 272 + 40));
+    assert_eq!(least_bytes(&full("fp32"), Device::Cpu), 18_560 + 16 * (2 * 32 + 264 + 384 + 272 + 40));
     let warm_start = spec(&[("/method/warm_start_steps", json!(1))]);
     assert_eq!(bytes(&warm_start, &choices(1, MergedPlan::Resident), Device::Cpu), 18_560 + of_batch);
 
@@ -183,7 +183,7 @@ fn a_micro_batch_is_as_large_as_helps_where_memory_is_not_known() {
 #[test]
 fn what_is_chosen_is_the_most_that_fits() {
     let spec = spec(&[("/batch/sequence_length", json!(64))]);
-    for memory in [100_000, 500_000, 1_000_000, 5_000_000] {
+    for memory in [300_000, 500_000, 1_000_000, 5_000_000] {
         let chosen = choose(&spec, Device::Cpu, Some(memory));
         assert!(bytes(&spec, &chosen, Device::Cpu) <= memory / 100 * 80);
         let more = Choices { micro_batch_seqs: chosen.micro_batch_seqs + 1, ..chosen };
@@ -221,9 +221,9 @@ fn advice(changes: &[(&str, Value)], share: i64) -> String {
 #[test]
 fn whoever_ran_out_of_memory_learns_what_would_fit() {
     let seqs = |seqs: i64| ("/batch/micro_batch_seqs", json!(seqs));
-    // Of 100 sequences weights are a fiftieth.
+    // Of 100 sequences weights are less than a fiftieth.
     let fewer = advice(&[seqs(100)], 200);
-    assert!(fewer.ends_with("for which a batch.micro_batch_seqs of 48 would do"), "{fewer}");
+    assert!(fewer.ends_with("for which a batch.micro_batch_seqs of 49 would do"), "{fewer}");
     let other = advice(&[seqs(100)], 90);
     assert!(other.ends_with("for which a batch.micro_batch_seqs of 50 would do"), "{other}: it should have fitted");
 

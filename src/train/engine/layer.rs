@@ -5,8 +5,9 @@ use tch::{Device, Kind, Tensor};
 use super::{
     Batch,
     attention::{Attended, Attention},
-    projection::{Projection, Shared},
+    projection::Projection,
     scratch::Scratch,
+    shared::Shared,
 };
 use crate::{domain::spec::Recompute, train::weights::Place};
 

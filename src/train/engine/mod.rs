@@ -8,6 +8,7 @@ mod layer;
 mod projection;
 mod quantised;
 mod scratch;
+mod shared;
 #[cfg(test)]
 mod tests;
 
@@ -15,8 +16,9 @@ use tch::{Device, Kind, Tensor};
 
 use attention::{Attention, Heads};
 use layer::{GradientStream, Kept, Layer, Norm, Pass};
-use projection::{Padded, Projection, Shared};
+use projection::{Padded, Projection};
 use scratch::Scratch;
+use shared::Shared;
 
 use super::{
     model::{EMBEDDING, HEAD, linear_path},

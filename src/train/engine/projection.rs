@@ -7,81 +7,19 @@
 //!
 //! In shapes: n tokens, i inputs, o outputs of one matrix, O of all together, r rank, R of all together.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-use super::{Settings, quantised::Quantised, scratch::Scratch};
+use super::{
+    quantised::Quantised,
+    shared::{Shared, multiply},
+};
 use crate::{
     domain::spec::{FrozenWeights, MergedPlan},
     train::{
         native::kernels::MaskPlace,
-        ops::Ops,
-        profile::Profile,
         weights::{Factors, Matrix, Place},
     },
 };
-
-/// What all projections of a model share: the operations, and memory for what does not outlive a product.
-pub struct Shared {
-    pub ops: Ops,
-    pub product_kind: Kind,
-    pub dropout: f64,
-    pub profile: Profile,
-    device: Device,
-    plan: MergedPlan,
-    frozen_weights: FrozenWeights,
-    padding: i64,
-    weight: Scratch,
-    delta: Scratch,
-    gradient: Scratch,
-    masked: Scratch,
-    low: Scratch,
-    dlow: Scratch,
-}
-
-impl Shared {
-    pub fn new(settings: Settings, device: Device) -> Self {
-        let scratch = || Scratch::new((settings.product_kind, device));
-        Self {
-            ops: match settings.libtorch_alone {
-                true => Ops::libtorch(settings.product_kind),
-                false => Ops::new(settings.product_kind, device),
-            },
-            product_kind: settings.product_kind,
-            dropout: settings.dropout,
-            profile: Profile::default(),
-            device,
-            plan: settings.plan,
-            frozen_weights: settings.frozen_weights,
-            padding: settings.padding,
-            weight: scratch(),
-            delta: scratch(),
-            gradient: scratch(),
-            masked: scratch(),
-            low: scratch(),
-            dlow: scratch(),
-        }
-    }
-
-    pub fn products(&self) -> (Kind, Device) {
-        (self.product_kind, self.device)
-    }
-
-    /// The size of a matrix with padding.
-    pub fn padded(&self, len: i64) -> i64 {
-        (len + self.padding - 1) / self.padding * self.padding
-    }
-
-    /// sum += left · right, in the kind of the sum.
-    fn add_product(&mut self, left: &Tensor, right: &Tensor, sum: &Tensor) {
-        if sum.kind() == self.product_kind {
-            let _ = sum.shallow_clone().addmm_(left, right);
-        } else {
-            let product = self.gradient.take(&sum.size());
-            multiply(left, right, &product);
-            self.ops.accumulate(&product, sum);
-        }
-    }
-}
 
 /// One matrix among those of a projection.
 struct Member {
@@ -200,6 +138,11 @@ impl Projection {
         self.members.iter().any(|member| !matches!(member.base, Base::Absent))
     }
 
+    /// Rows without padding.
+    fn num_rows(&self) -> i64 {
+        self.members.iter().map(|member| member.rows).sum()
+    }
+
     /// The parameters themselves, where they can be multiplied with as they lie.
     fn alias(&self, shared: &Shared) -> Option<Tensor> {
         if self.inputs != self.members[0].columns {
@@ -262,7 +205,7 @@ impl Projection {
             return weight.shallow_clone();
         }
         let weight = shared.weight.take(&[self.weight_rows, self.inputs]);
-        if shared.padding > 1 {
+        if (self.weight_rows, self.inputs) != (self.num_rows(), self.members[0].columns) {
             let _ = weight.shallow_clone().zero_();
         }
         self.write_weight(&weight, shared);
@@ -275,20 +218,19 @@ impl Projection {
             let to = weight.narrow(0, member.start, member.rows).narrow(1, 0, member.columns);
             let merged = member.factors.as_ref().filter(|_| Self::merges(shared));
             match (&member.base, merged) {
-                (Base::Trained(place), _) => to.shallow_clone().copy_(&place.value),
+                (Base::Trained(place), _) => copy(&place.value, &to),
+                (Base::Frozen { master, quantised: None }, None) => copy(master, &to),
                 (Base::Absent, None) => {
                     let _ = to.shallow_clone().zero_();
                 }
                 (Base::Absent, Some(factors)) => {
-                    let product = factors.b.mm(&self.a_of(factors, member.columns));
-                    to.shallow_clone().copy_(&(product * factors.factors.scale));
+                    copy(&(factors.b.mm(&self.a_of(factors, member.columns)) * factors.factors.scale), &to);
                 }
                 (Base::Frozen { master, quantised }, merged) => {
                     let delta = shared.delta.take(&[member.rows, member.columns]);
                     let scale = match merged {
                         Some(factors) => {
-                            let a = self.a_of(factors, member.columns);
-                            multiply(&factors.b, &a, &delta);
+                            multiply(&factors.b, &self.a_of(factors, member.columns), &delta);
                             factors.factors.scale
                         }
                         None => {
@@ -296,13 +238,14 @@ impl Projection {
                             0.0
                         }
                     };
-                    let to_rows = if to.is_contiguous() { to.shallow_clone() } else { delta.shallow_clone() };
+                    // Kernels write whole rows: beside padding the sum goes into delta's place first.
+                    let sum = if to.is_contiguous() { to.shallow_clone() } else { delta.shallow_clone() };
                     match quantised {
-                        Some(quantised) => quantised.add_scaled(&shared.ops, &delta, scale, &to_rows),
-                        None => shared.ops.add_scaled(master, &delta, scale, &to_rows),
+                        Some(quantised) => quantised.add_scaled(&shared.ops, &delta, scale, &sum),
+                        None => shared.ops.add_scaled(master, &delta, scale, &sum),
                     }
                     if !to.is_contiguous() {
-                        to.shallow_clone().copy_(&to_rows);
+                        copy(&sum, &to);
                     }
                 }
             }
@@ -319,7 +262,7 @@ impl Projection {
     pub fn forward(&self, x: &Tensor, y: &Tensor, place: Option<MaskPlace>, shared: &mut Shared) {
         if self.has_dense() {
             multiply(x, &self.weight(shared).tr(), &y.narrow(1, 0, self.weight_rows));
-        } else if shared.padding > 1 {
+        } else if self.outputs != self.num_rows() {
             let _ = y.shallow_clone().zero_();
         }
         for (member, factors) in self.branches(shared) {
@@ -428,9 +371,8 @@ impl Projection {
     }
 }
 
-/// out = left · right.
-fn multiply(left: &Tensor, right: &Tensor, out: &Tensor) {
-    let _ = left.mm_out(out, right);
+fn copy(from: &Tensor, to: &Tensor) {
+    to.shallow_clone().copy_(from);
 }
 
 /// The tensor itself, or one like it in another kind.
