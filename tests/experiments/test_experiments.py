@@ -30,7 +30,7 @@ MODEL = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "
 def table2():
     """The definition as it is, but for the rates, which may be chosen anew at any time."""
     rates = {row: {"rates": [5e-4, 1e-3, 2e-3]} for row in ("full", "control")}
-    rates |= {row: {"rates": [1e-3, 2e-3, 4e-3]} for row in ("factorized", "lora_warm", "relora")}
+    rates |= {row: {"rates": [1e-3, 2e-3, 4e-3]} for row in ("factorized", "lora_warm", "relora", "lora")}
     document = merge_patch(definitions.read(TABLE2).document, {"rows": rates})
     return definitions.Definition("table2.json", document)
 
@@ -185,17 +185,17 @@ def test_a_rate_that_diverged_is_never_preferred(table2):
 
 def test_tuning_comes_first_and_then_the_seeds_go_round_the_rows(table2, tmp_path):
     order = finish_everything(table2, Results(tmp_path / "results.jsonl"), smooth_loss)
-    methods = ["full", "control", "factorized", "lora_warm", "relora"]
-    assert [run.row for run in order[:15]] == [row for row in methods for _ in range(3)]
-    assert {run.seed for run in order[:15]} == {0}
-    assert [(run.seed, run.row) for run in order[15:]] == [(seed, row) for seed in (1, 2, 3) for row in table2.rows]
-    assert {run.rate for run in order[15:] if run.row in ("full", "control")} == {1e-3}
-    assert {run.rate for run in order[15:] if run.row not in ("full", "control")} == {2e-3}
+    methods = ["full", "control", "factorized", "lora_warm", "relora", "lora"]
+    assert [run.row for run in order[:18]] == [row for row in methods for _ in range(3)]
+    assert {run.seed for run in order[:18]} == {0}
+    assert [(run.seed, run.row) for run in order[18:]] == [(seed, row) for seed in (1, 2, 3) for row in table2.rows]
+    assert {run.rate for run in order[18:] if run.row in ("full", "control")} == {1e-3}
+    assert {run.rate for run in order[18:] if run.row not in ("full", "control")} == {2e-3}
     assert len(set(order)) == len(order)
 
 
 def test_a_warm_start_waits_until_its_rate_is_known(table2):
-    assert {run.row for run in plan.missing_runs(table2, {})} == {"full", "control", "factorized"}
+    assert {run.row for run in plan.missing_runs(table2, {})} == {"full", "control", "factorized", "lora"}
     tuned = {Run("full", rate, 0): loss for rate, loss in ((5e-4, 4.2), (1e-3, 4.0), (2e-3, 4.1))}
     wanted = plan.missing_runs(table2, tuned)
     assert {"lora_warm", "relora"} <= {run.row for run in wanted}
@@ -389,5 +389,5 @@ def test_a_rate_that_was_chosen_at_an_end_is_marked(table2, tmp_path):
     finish_everything(table2, results, lambda run: 4.0 - math.log2(run.rate))
     report.write_report(table2, results, tmp_path)
     marked = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.endswith(" | yes |")]
-    assert [line.split("`")[1] for line in marked] == ["full", "control", "factorized", "lora_warm", "relora"]
+    assert [line.split("`")[1] for line in marked] == ["full", "control", "factorized", "lora_warm", "relora", "lora"]
     assert all("**0.008: " in line or "**0.016: " in line for line in marked)
