@@ -241,7 +241,7 @@ impl Engine {
         let (normed, _) = self.final_norm(&mid);
         let logits = Tensor::empty([batch.tokens.size()[0], self.head.outputs], self.shared.products());
         self.head.forward(&normed, &logits, None, &mut self.shared);
-        logits.narrow(1, 0, self.vocab_size).to_kind(sum_kind(self.shared.product_kind))
+        logits.narrow(1, 0, self.vocab_size).contiguous().to_kind(sum_kind(self.shared.product_kind))
     }
 
     fn begin(&mut self, rows: &Tensor, place: Option<DropoutPlace>) -> Batch {
