@@ -32,7 +32,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the results. `memory` is the spec's section of that name, or None to leave it out."""
+    """One row of the results. `memory` is the spec's section of that name, or None for its defaults."""
 
     model: str
     dtype: str

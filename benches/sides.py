@@ -43,4 +43,6 @@ def measure_torch(side, case, data, folder):
 def explain_exit(exit_code):
     if exit_code == -signal.SIGKILL:
         return f"killed: out of memory, or not done after {TIMEOUT_S} s"
+    if exit_code < 0:
+        return f"killed by {signal.Signals(-exit_code).name}"
     return f"ended with exit code {exit_code}"

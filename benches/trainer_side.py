@@ -24,6 +24,9 @@ from .usage import Usage
 # More than any run makes, so that no schedule ends, restarts, saves or evaluates while updates are timed.
 NEVER = 1_000_000
 
+# The spec's defaults.
+DEFAULT_MEMORY = {"recompute": "cheap", "frozen_weights": "full", "merged_weights": "auto"}
+
 # A low-rank run begins by writing these, beside its first updates.
 FIRST_NODES = {"base", "checkpoint"}
 
@@ -54,8 +57,7 @@ def spec_of(case):
         "state_every_s": NEVER, "resources": {"device": case.device, "num_gpus": 1}, "priority": 0, "labels": {},
         "max_runtime_s": None,
     }
-    if case.memory is not None:
-        spec["memory"] = case.memory
+    spec["memory"] = case.memory or DEFAULT_MEMORY
     return spec
 
 
