@@ -33,7 +33,7 @@ use crate::domain::spec::{FrozenWeights, Linear, MergedPlan, ModelSpec, Precisio
 const LOSS_CHUNK_TOKENS: i64 = 1_024;
 
 /// Sizes of matrices are rounded up to a multiple of this many elements: where rows begin at odd addresses, products
-/// take up to 1.4 times as long (docs/performance.md).
+/// take up to half as long again (docs/performance.md).
 const PADDING: i64 = 16;
 
 /// Up to this length, products of whole matrices and a softmax between are quicker on the CPU than libtorch's flash
