@@ -14,7 +14,7 @@ use crate::{
     api,
     client::{self, Http, Outcome},
     config::{ClientConfig, DatabaseConfig, ServeConfig, TrainConfig, WorkerConfig},
-    db, serve,
+    db, operate, serve,
     shutdown::Shutdown,
     telemetry,
     worker::{
@@ -37,6 +37,11 @@ enum Command {
     Serve,
     /// Run a worker that takes jobs from the database of a server.
     Worker,
+    /// Look at the workers of a database, and take them out of service.
+    Workers {
+        #[command(subcommand)]
+        command: operate::Command,
+    },
     /// Bring the schema of the database up to date.
     Migrate,
     /// Print the OpenAPI document.
@@ -45,7 +50,7 @@ enum Command {
     Train(Train),
     /// Upload text and turn it into tokens.
     Dataset(Client<client::dataset::Command>),
-    /// Submit, watch and cancel training jobs.
+    /// Submit, watch and steer training jobs.
     Job(Client<client::job::Command>),
     /// The full weights that the deltas of a job add to.
     Base(Client<client::node::Command>),
@@ -164,6 +169,12 @@ async fn run(command: Command) -> anyhow::Result<Outcome> {
             let config = WorkerConfig::from_env()?;
             telemetry::init(&config.log)?;
             worker::run_standalone(config, Shutdown::on_signals()?).await?;
+            Ok(Outcome::Done)
+        }
+        Command::Workers { command } => {
+            let pool =
+                db::connect(DatabaseConfig::from_env()?.url.expose(), 1).await.context("connect to PostgreSQL")?;
+            operate::run(&pool, command).await?;
             Ok(Outcome::Done)
         }
         Command::Migrate => {

@@ -18,6 +18,7 @@ pub mod config;
 pub mod db;
 pub mod domain;
 pub mod embedded;
+pub mod operate;
 pub mod serve;
 pub mod shutdown;
 pub mod storage;

@@ -75,7 +75,7 @@ async fn serve(
     if postgres.is_some() {
         // Nobody else can reach this database, so whoever held a lease is gone.
         leases::expire_all(&pool).await.context("expire the leases of a server that was killed")?;
-        recovery::requeue_expired(&pool).await.context("requeue the work of a server that was killed")?;
+        recovery::requeue_expired(&pool, 0.0).await.context("requeue the work of a server that was killed")?;
         datasets::fail_all_uploads(&pool).await.context("end the uploads of a server that was killed")?;
     }
     let client_file = write_client_file(&config.data_dir, &pool, address.port(), postgres.is_some()).await?;

@@ -58,6 +58,12 @@ pub enum ApiError {
     Busy,
     #[error("the job is {} already", state_name(*.0))]
     JobFinished(JobState),
+    #[error("that cannot be asked of a job that is {}", state_name(*.0))]
+    WrongJobState(JobState),
+    #[error(
+        "the checkpoint came from outside: there is no job whose spec could be changed; submit a whole spec that names it as init_checkpoint"
+    )]
+    NoJobToFork,
     #[error("the body is larger than the {limit_bytes} bytes that are taken")]
     TooLarge { limit_bytes: i64 },
     #[error("the Content-Type must be {0}")]
@@ -107,6 +113,8 @@ impl ApiError {
             Self::InUse(_) => (StatusCode::CONFLICT, "in_use"),
             Self::Busy => (StatusCode::CONFLICT, "busy"),
             Self::JobFinished(_) => (StatusCode::CONFLICT, "job_finished"),
+            Self::WrongJobState(_) => (StatusCode::CONFLICT, "wrong_job_state"),
+            Self::NoJobToFork => (StatusCode::CONFLICT, "no_job_to_fork"),
             Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "too_large"),
             Self::UnsupportedMediaType(_) => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
             Self::RangeNotSatisfiable { .. } => (StatusCode::RANGE_NOT_SATISFIABLE, "range_not_satisfiable"),

@@ -21,7 +21,7 @@ use super::{
     AppState, bases, checkpoints, datasets,
     document::{self, Document},
     error::{ApiError, write_problems},
-    events, extract, health, imports, jobs, metrics, restarts, tokenizations,
+    events, extract, forks, health, imports, job_commands, jobs, metrics, restarts, tokenizations,
 };
 
 fn routes() -> OpenApiRouter<AppState> {
@@ -36,7 +36,10 @@ fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(tokenizations::find_tokenization, tokenizations::delete_tokenization))
         .routes(routes!(jobs::create_job, jobs::list_jobs))
         .routes(routes!(jobs::find_job))
-        .routes(routes!(jobs::cancel_job))
+        .routes(routes!(job_commands::cancel_job))
+        .routes(routes!(job_commands::pause_job))
+        .routes(routes!(job_commands::resume_job))
+        .routes(routes!(job_commands::retry_job))
         .routes(routes!(jobs::find_job_logs))
         .routes(routes!(events::list_job_events))
         .routes(routes!(events::stream_job_events))
@@ -52,6 +55,7 @@ fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(checkpoints::list_checkpoints, imports::import_checkpoint))
         .routes(routes!(checkpoints::find_checkpoint))
         .routes(routes!(checkpoints::list_checkpoint_files))
+        .routes(routes!(forks::fork_checkpoint))
         .routes(routes!(checkpoints::download_checkpoint_file))
 }
 

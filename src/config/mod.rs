@@ -142,6 +142,10 @@ pub struct AgentConfig {
     pub lease_s: u64,
     /// `RELORA_STOP_GRACE_S`: how long a stop waits for running work to save its state. Default 30.
     pub stop_grace_s: u64,
+    /// `RELORA_MAX_OUTAGE_S`: how long work is kept, held in memory, while the database does not answer. Default 86400.
+    pub max_outage_s: u64,
+    /// `CUDA_VISIBLE_DEVICES`: the GPUs to use, in the driver's own terms. Default: all.
+    pub visible_gpus: Option<String>,
 }
 
 /// How to log.
@@ -349,6 +353,13 @@ impl AgentConfig {
                 30,
                 seconds(0..=3600),
             ),
+            max_outage_s: reader.value(
+                "RELORA_MAX_OUTAGE_S",
+                "a number of seconds from 1 to 31536000",
+                86_400,
+                seconds(1..=31_536_000),
+            ),
+            visible_gpus: reader.text("CUDA_VISIBLE_DEVICES"),
         }
     }
 }

@@ -9,6 +9,7 @@ pub mod events;
 pub mod health;
 pub mod imports;
 pub mod ingestion;
+pub mod job_commands;
 pub mod jobs;
 pub mod keys;
 pub mod leases;

@@ -2,11 +2,11 @@
 
 use super::{
     BatchSpec, CheckpointsSpec, EvalSpec, FrozenWeights, MemorySpec, MergedWeights, MicroBatch, ModelSpec,
-    OptimizerSpec, Precision, Recompute, ResourcesSpec, ScheduleSpec, TrainSpec, TrainSpecRequest,
+    OptimizerSpec, Precision, Recompute, ResourcesSpec, RetriesSpec, ScheduleSpec, TrainSpec, TrainSpecRequest,
     check::{Bounds, Check, MAX_INTEGER, MAX_STEPS},
     normalise_method::fill_in_method,
     presets::{self, PRESETS},
-    request::{BatchRequest, MemoryRequest, MethodType, ModelRequest, OptimizerRequest},
+    request::{BatchRequest, MemoryRequest, MethodType, ModelRequest, OptimizerRequest, RetriesRequest},
 };
 use crate::domain::{
     ids::{DatasetId, TokenizationId},
@@ -108,6 +108,8 @@ impl TrainSpecRequest {
             priority: check.integer("/priority", self.priority.unwrap_or(0), -1_000, 1_000),
             labels,
             max_runtime_s: self.max_runtime_s.map(|s| check.integer("/max_runtime_s", s, 1, MAX_INTEGER)),
+            max_stall_s: check.integer("/max_stall_s", self.max_stall_s.unwrap_or(900), 1, 86_400),
+            retries: fill_in_retries(check, &self.retries.clone().unwrap_or_default()),
             model,
             method,
             schedule,
@@ -124,6 +126,13 @@ impl TrainSpecRequest {
         let min_lr_frac = request.min_lr_frac.unwrap_or(0.1);
         check.number("/schedule/min_lr_frac", min_lr_frac, Bounds::OpenClosed(0.0, 1.0));
         ScheduleSpec { num_steps, warmup_steps, min_lr_frac }
+    }
+}
+
+fn fill_in_retries(check: &mut Check, request: &RetriesRequest) -> RetriesSpec {
+    RetriesSpec {
+        infrastructure: check.integer("/retries/infrastructure", request.infrastructure.unwrap_or(5), 0, 1_000),
+        user: check.integer("/retries/user", request.user.unwrap_or(0), 0, 1_000),
     }
 }
 

@@ -55,6 +55,19 @@ pub struct TrainSpecRequest {
     pub labels: Option<BTreeMap<String, String>>,
     /// The job fails with `timeout` after this many seconds of running; no limit by default.
     pub max_runtime_s: Option<i64>,
+    /// An attempt that says nothing for so many seconds fails with `stalled`; 900 by default.
+    pub max_stall_s: Option<i64>,
+    pub retries: Option<RetriesRequest>,
+}
+
+/// How often a job is tried again after an attempt has failed.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RetriesRequest {
+    /// After failures of the infrastructure, in a row and without a newer state in between; 5 by default.
+    pub infrastructure: Option<i64>,
+    /// After failures of other kinds, in the whole job; 0 by default.
+    pub user: Option<i64>,
 }
 
 /// Either a preset or all sizes; a size given beside a preset replaces the preset's.
