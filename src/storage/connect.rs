@@ -1,6 +1,9 @@
 //! How the client is set up. The defaults of the library fit AWS alone; what differs is said at each setting.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
 
 use anyhow::{Context, bail};
 use aws_sdk_s3::{
@@ -44,6 +47,7 @@ impl Store {
             bucket: config.bucket.clone(),
             prefix: config.prefix.clone(),
             place,
+            cannot_list_uploads: AtomicBool::new(false),
         };
         Ok(Self { inner: Arc::new(inner) })
     }

@@ -7,11 +7,15 @@ mod connect;
 mod download;
 mod error;
 mod keys;
+mod list;
 #[cfg(test)]
 mod tests;
 mod upload;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
 
 use aws_sdk_s3::{
     Client,
@@ -24,6 +28,7 @@ pub use self::{
     download::ObjectStream,
     error::StorageError,
     keys::{Key, MAX_KEY_BYTES},
+    list::ListedObject,
     upload::Uploaded,
 };
 
@@ -48,6 +53,8 @@ struct Inner {
     prefix: String,
     /// For messages: the endpoint, or AWS and its region.
     place: String,
+    /// Whether it has been said that this store lists no open uploads.
+    cannot_list_uploads: AtomicBool,
 }
 
 impl Store {
@@ -133,5 +140,10 @@ impl Store {
     /// The key as the store sees it.
     fn object_key(&self, key: &Key) -> Result<String> {
         key.below(&self.inner.prefix)
+    }
+
+    /// What every key begins with, as the store sees it.
+    fn object_prefix(&self) -> String {
+        if self.inner.prefix.is_empty() { String::new() } else { format!("{}/", self.inner.prefix) }
     }
 }

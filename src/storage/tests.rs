@@ -202,6 +202,85 @@ async fn a_prefix_keeps_two_stores_in_one_bucket_apart() {
 }
 
 #[tokio::test]
+async fn objects_are_listed_in_the_order_of_their_keys_below_the_prefix_of_the_store() {
+    let f = Fixture::start().await;
+    let config = StoreConfig { prefix: "team/a".to_owned(), ..f.s3.store().clone() };
+    let store = Store::connect(&config).await.unwrap();
+    let before = chrono::Utc::now() - Duration::from_secs(2);
+    // A folder comes where its slash stands among the characters.
+    let keys = ["a-b", "a.b/x", "a/b", "a/c/d", "a0", "b/1", "b/2"];
+    for (len, text) in keys.iter().enumerate().rev() {
+        store.put_bytes(&key(text), noise(len)).await.unwrap();
+    }
+    f.store.put_bytes(&key("team/b/other"), Bytes::new()).await.unwrap();
+
+    let all = store.list("", None, 100).await.unwrap();
+    assert_eq!(all.iter().map(|object| object.key.as_str()).collect::<Vec<_>>(), keys);
+    assert_eq!(all.iter().map(|object| object.bytes).collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5, 6]);
+    assert!(all.iter().all(|object| object.modified_at > before && object.modified_at <= chrono::Utc::now()));
+    for limit in 1..keys.len() {
+        let mut listed = Vec::new();
+        loop {
+            let last = listed.last().cloned();
+            let page = store.list("", last.as_ref(), limit).await.unwrap();
+            listed.extend(page.iter().map(|object| object.key.clone()));
+            if page.len() < limit {
+                break;
+            }
+        }
+        assert_eq!(listed.iter().map(Key::as_str).collect::<Vec<_>>(), keys, "{limit} at a time");
+    }
+    let below = |prefix: &'static str, after: Option<&'static str>| {
+        let store = store.clone();
+        async move {
+            let listed = store.list(prefix, after.map(key).as_ref(), 100).await.unwrap();
+            listed.into_iter().map(|object| object.key.to_string()).collect::<Vec<_>>()
+        }
+    };
+    assert_eq!(below("a/", None).await, ["a/b", "a/c/d"]);
+    assert_eq!(below("a/c", None).await, ["a/c/d"]);
+    assert_eq!(below("b/", Some("b/1")).await, ["b/2"]);
+    assert_eq!(below("", Some("a/b/z")).await, ["a/c/d", "a0", "b/1", "b/2"]);
+    assert_eq!(below("c", None).await, [""; 0]);
+}
+
+#[tokio::test]
+async fn more_objects_are_listed_than_one_request_gives() {
+    let f = Fixture::start().await;
+    let folder = f.path("s3/objects/relora/many");
+    std::fs::create_dir_all(&folder).unwrap();
+    for number in 0..2345 {
+        std::fs::write(folder.join(format!("{number:04}")), "x").unwrap();
+    }
+    assert_eq!(f.store.list("many/", None, 5000).await.unwrap().len(), 2345);
+    let page = f.store.list("many/", Some(&key("many/0009")), 1500).await.unwrap();
+    assert_eq!((page.len(), page[0].key.as_str(), page[1499].key.as_str()), (1500, "many/0010", "many/1509"));
+}
+
+#[tokio::test]
+async fn only_old_uploads_of_the_own_prefix_are_aborted() {
+    let f = Fixture::start().await;
+    let config = StoreConfig { prefix: "team".to_owned(), ..f.s3.store().clone() };
+    let store = Store::connect(&config).await.unwrap();
+    for (store, key) in [(&store, key("j/own")), (&f.store, key("other"))] {
+        let endless = chunks(&noise(20 * MB), MB).chain(stream::pending());
+        let (store, key) = (store.clone(), key);
+        let upload = tokio::spawn(async move { store.upload(&key, endless, None).await });
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        // As a killed process leaves it: nobody aborts it.
+        std::mem::forget(upload);
+    }
+    let open = || f.left_overs().into_iter().filter(|name| name.starts_with(".upload-")).count();
+    assert_eq!(open(), 2);
+    assert_eq!(store.abort_stale_uploads(Duration::from_secs(3600)).await.unwrap(), 0);
+    assert_eq!(store.abort_stale_uploads(Duration::ZERO).await.unwrap(), 1);
+    assert_eq!(open(), 1);
+    assert!(f.left_overs().iter().any(|name| name.contains(".part-")), "the other store's parts are kept");
+    assert_eq!(f.store.abort_stale_uploads(Duration::ZERO).await.unwrap(), 1);
+    assert_eq!(f.left_overs(), [""; 0]);
+}
+
+#[tokio::test]
 async fn a_store_that_cannot_be_reached_is_named_soon() {
     let f = Fixture::start().await;
     let free = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
