@@ -13,8 +13,8 @@ use clap::{Args, Parser, Subcommand};
 use crate::{
     api,
     client::{self, Http, Outcome},
-    config::{ClientConfig, DatabaseConfig, ServeConfig, TrainConfig, WorkerConfig},
-    db, operate, serve,
+    config::{ClientConfig, DatabaseConfig, ServeConfig, StoreConfig, TrainConfig, WorkerConfig},
+    db, operate, s3_check, serve,
     shutdown::Shutdown,
     telemetry,
     worker::{
@@ -44,6 +44,13 @@ enum Command {
     },
     /// Bring the schema of the database up to date.
     Migrate,
+    /// Find out what the S3 store of the settings can do, and how it will be used.
+    #[command(name = "s3-check")]
+    S3Check {
+        /// Also measure how fast it takes a file of so many bytes.
+        #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+        upload_bytes: Option<u64>,
+    },
     /// Print the OpenAPI document.
     Openapi,
     /// Train by hand, without a server.
@@ -181,6 +188,10 @@ async fn run(command: Command) -> anyhow::Result<Outcome> {
             let pool =
                 db::connect(DatabaseConfig::from_env()?.url.expose(), 1).await.context("connect to PostgreSQL")?;
             db::MIGRATOR.run(&pool).await.context("migrate the database")?;
+            Ok(Outcome::Done)
+        }
+        Command::S3Check { upload_bytes } => {
+            s3_check::run(&StoreConfig::from_env()?, upload_bytes).await?;
             Ok(Outcome::Done)
         }
         Command::Openapi => {

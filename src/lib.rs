@@ -19,6 +19,7 @@ pub mod db;
 pub mod domain;
 pub mod embedded;
 pub mod operate;
+pub mod s3_check;
 pub mod serve;
 pub mod shutdown;
 pub mod storage;

@@ -9,7 +9,7 @@ use aws_sdk_s3::{
 };
 use chrono::{DateTime, Utc};
 
-use super::{Key, Result, StorageError, Store};
+use super::{Key, Result, Store};
 
 /// The most that one request lists.
 const MAX_PAGE: usize = 1000;

@@ -3,6 +3,7 @@
 //! Invariant: an upload that returns has been completed, and the store has confirmed its size; whatever
 //! ends in another way leaves no object and no open upload behind, as far as the store can be reached.
 
+mod check;
 mod connect;
 mod download;
 mod error;
@@ -10,6 +11,7 @@ mod keys;
 mod list;
 #[cfg(test)]
 mod tests;
+mod throughput;
 mod upload;
 
 use std::{
@@ -24,11 +26,14 @@ use aws_sdk_s3::{
 };
 use bytes::Bytes;
 
+use self::upload::Patience;
 pub use self::{
+    check::{Ability, Lack},
     download::ObjectStream,
     error::StorageError,
     keys::{Key, MAX_KEY_BYTES},
     list::ListedObject,
+    throughput::Throughput,
     upload::Uploaded,
 };
 
@@ -53,6 +58,7 @@ struct Inner {
     prefix: String,
     /// For messages: the endpoint, or AWS and its region.
     place: String,
+    patience: Patience,
     /// Whether it has been said that this store lists no open uploads.
     cannot_list_uploads: AtomicBool,
 }
