@@ -46,7 +46,7 @@ pub async fn files(pool: &PgPool, node: &NodeId) -> sqlx::Result<Vec<StoredFile>
 }
 
 /// Makes a node visible. Its parent is the job's latest base or restart, or before those the checkpoint that the job
-/// began with. A repeated commit changes nothing.
+/// began with. A repeated commit changes nothing. `lag_s` is how long the node has been complete on the worker's disk.
 pub async fn commit(
     pool: &PgPool,
     lease: &Lease,
@@ -54,6 +54,7 @@ pub async fn commit(
     job: &JobId,
     report: &NodeReport,
     files: &[StoredFile],
+    lag_s: f64,
 ) -> Result<(), WriteError> {
     let mut tx = pool.begin().await?;
     leases::fence(&mut tx, lease).await?;
@@ -91,9 +92,15 @@ pub async fn commit(
     if report.kind == NodeKind::State {
         forget_infra_failures(&mut tx, lease).await?;
     }
-    training::insert_metrics(&mut tx, lease, job, &metrics(report)).await?;
+    training::insert_metrics(&mut tx, lease, job, &metrics(report, lag_s)).await?;
     let (kind, message) = announcement(report);
-    let mut data = json!({"id": node, "step": report.step, "restart": report.restart, "stall_ms": report.stall_ms});
+    let mut data = json!({
+        "id": node,
+        "step": report.step,
+        "restart": report.restart,
+        "stall_ms": report.stall_ms,
+        "lag_s": lag_s,
+    });
     if let Some(norms) = update_norms {
         data["update_norms"] = norms;
     }
@@ -103,8 +110,9 @@ pub async fn commit(
     Ok(())
 }
 
-fn metrics(report: &NodeReport) -> Vec<Metric> {
-    let mut metrics = vec![(report.step, "checkpoint_stall_ms", report.stall_ms as f64)];
+fn metrics(report: &NodeReport, lag_s: f64) -> Vec<Metric> {
+    let mut metrics =
+        vec![(report.step, "checkpoint_stall_ms", report.stall_ms as f64), (report.step, "checkpoint_lag_s", lag_s)];
     if !report.update_norms.is_empty() {
         let norm = report.update_norms.values().map(|norm| norm * norm).sum::<f64>().sqrt();
         metrics.push((report.step, "update_norm", norm));

@@ -103,6 +103,8 @@ pub enum EventType {
     Restart,
     Checkpoint,
     State,
+    /// What was trained waits for the store, or no longer does.
+    CheckpointLag,
     Warning,
     NumericsChanged,
     Requeued,

@@ -10,10 +10,12 @@ mod log_file;
 mod reporter;
 mod retry;
 mod staging;
+mod sweep;
 pub mod tokenize;
 mod train;
 mod trainer;
-mod uploader;
+mod upload_queue;
+pub mod uploader;
 mod work_dir;
 
 use std::{sync::Arc, time::Duration};
@@ -86,6 +88,7 @@ pub async fn run(config: AgentConfig, pool: PgPool, store: Store, shutdown: Shut
         join_all(agent.slots().into_iter().map(|gpu| lane(&agent, Lane::Train { gpu }, &shutdown))),
         lane(&agent, Lane::Ingest, &shutdown),
         shutdown.run_until(stay_seen(&agent)),
+        shutdown.run_until(sweep::sweep_uploads(&agent.store)),
         shutdown.run_until(take_back_expired(&agent.pool, agent.config.lease_s)),
     );
     workers::mark_gone(&agent.pool, &agent.id).await.context("sign the worker off")?;

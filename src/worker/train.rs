@@ -204,6 +204,9 @@ struct Run<'a> {
     nodes: Option<mpsc::UnboundedSender<FinishedNode>>,
     reporting: AbortOnDropHandle<Result<()>>,
     uploading: AbortOnDropHandle<Result<()>>,
+    /// True while more waits to be stored than the disk may hold.
+    #[expect(dead_code, reason = "the trainer is not held yet")]
+    disk_full: watch::Receiver<bool>,
     log_shipper: LogShipper,
     stop: Option<Stop>,
     hold: Hold,
@@ -232,14 +235,18 @@ impl<'a> Run<'a> {
             job: training.job.clone(),
             out: staged.out,
             stored: staged.stored,
+            lag_limit: Duration::from_secs(agent.config.checkpoint_lag_s),
+            max_local_bytes: agent.config.max_local_bytes,
         };
+        let (full, disk_full) = watch::channel(false);
         let reporting = tokio::spawn(async { Ok(reporter.run(reported).await?) }.in_current_span());
         let log_shipper = LogShipper::start(agent, lease, &training.job, &trainer.log);
         Self {
             reports: Some(reports),
             nodes: Some(nodes),
             reporting: AbortOnDropHandle::new(reporting),
-            uploading: AbortOnDropHandle::new(tokio::spawn(uploader.run(finished_nodes).in_current_span())),
+            uploading: AbortOnDropHandle::new(tokio::spawn(uploader.run(finished_nodes, full).in_current_span())),
+            disk_full,
             log_shipper,
             weights: staged.weights,
             stop: None,

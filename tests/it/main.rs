@@ -18,3 +18,4 @@ mod openapi;
 mod problems;
 mod queue;
 mod tokenizations;
+mod uploads;

@@ -120,7 +120,7 @@ pub async fn commit(pool: &PgPool, lease: &Lease, job: &JobId, report: NodeRepor
         size_bytes: 1,
         sha256: "0".repeat(64),
     };
-    nodes::commit(pool, lease, &"p".to_owned().into(), job, &report, &[file]).await
+    nodes::commit(pool, lease, &"p".to_owned().into(), job, &report, &[file], 0.0).await
 }
 
 pub fn step(step: i64) -> StepReport {
@@ -311,7 +311,7 @@ async fn only_the_newest_states_are_kept_and_shared_objects_outlive_them(pool: P
         };
         let files = [file("state", format!("state-{step}")), file("frozen", "frozen".into())];
         let report = node(NodeKind::State, step);
-        nodes::commit(&pool, &lease, &"p".to_owned().into(), &job, &report, &files).await.unwrap();
+        nodes::commit(&pool, &lease, &"p".to_owned().into(), &job, &report, &files, 0.0).await.unwrap();
     }
     let mut unnamed = nodes::drop_old_states(&pool, &lease, &job, 2).await.unwrap();
     unnamed.sort();
