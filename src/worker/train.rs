@@ -193,6 +193,12 @@ async fn overdue(stop: Option<Stop>) {
     }
 }
 
+impl Hold {
+    fn is_held(&self) -> bool {
+        self.is_unsure || self.is_disk_full
+    }
+}
+
 /// A running trainer and the tasks that carry its results away.
 struct Run<'a> {
     agent: &'a Agent,
@@ -205,7 +211,6 @@ struct Run<'a> {
     reporting: AbortOnDropHandle<Result<()>>,
     uploading: AbortOnDropHandle<Result<()>>,
     /// True while more waits to be stored than the disk may hold.
-    #[expect(dead_code, reason = "the trainer is not held yet")]
     disk_full: watch::Receiver<bool>,
     log_shipper: LogShipper,
     stop: Option<Stop>,
@@ -218,6 +223,8 @@ struct Run<'a> {
 struct Hold {
     /// Nobody can say whether the lease is still ours.
     is_unsure: bool,
+    /// More waits to be stored than the disk may hold.
+    is_disk_full: bool,
     /// When the trainer was last heard of, or let go on.
     last_heard: Instant,
 }
@@ -250,7 +257,7 @@ impl<'a> Run<'a> {
             log_shipper,
             weights: staged.weights,
             stop: None,
-            hold: Hold { is_unsure: false, last_heard: Instant::now() },
+            hold: Hold { is_unsure: false, is_disk_full: false, last_heard: Instant::now() },
             last_event: None,
             oom_kills_before: oom_kills(),
             agent,
@@ -274,9 +281,13 @@ impl<'a> Run<'a> {
                 reason = &mut wish, if self.stop.is_none() => self.ask_to_stop(reason).await,
                 Ok(()) = orders.changed(), if self.stop.is_none() => {
                     let is_unsure = *orders.borrow_and_update() == Orders::Unsure;
-                    self.hold(is_unsure);
+                    self.hold(is_unsure, self.hold.is_disk_full);
                 }
-                () = sleep_until(stalled_at), if !self.hold.is_unsure => break Some(Broken::Stalled),
+                Ok(()) = self.disk_full.changed(), if self.stop.is_none() => {
+                    let is_disk_full = *self.disk_full.borrow_and_update();
+                    self.hold(self.hold.is_unsure, is_disk_full);
+                }
+                () = sleep_until(stalled_at), if !self.hold.is_held() => break Some(Broken::Stalled),
                 () = overdue(self.stop) => {
                     tracing::warn!("trainer did not stop in time; killed");
                     break None;
@@ -301,19 +312,21 @@ impl<'a> Run<'a> {
         self.with_log(end).await
     }
 
-    /// Lets the trainer stand still while it is not known whose the work is, so that no step is done for nothing.
-    fn hold(&mut self, is_unsure: bool) {
-        if self.hold.is_unsure == is_unsure {
+    /// Lets the trainer stand still, or go on: no step is done for nothing, and no disk is filled up.
+    fn hold(&mut self, is_unsure: bool, is_disk_full: bool) {
+        let was_held = self.hold.is_held();
+        self.hold.is_unsure = is_unsure;
+        self.hold.is_disk_full = is_disk_full;
+        if self.hold.is_held() == was_held {
             return;
         }
-        match is_unsure {
-            true => tracing::warn!(
-                "the lease could not be renewed in time; the trainer is held until it is known to be ours"
-            ),
-            false => tracing::info!("the lease is renewed; the trainer goes on"),
+        match (is_unsure, is_disk_full) {
+            (true, _) => tracing::warn!("trainer held: the lease was not renewed in time, and may be another's"),
+            (false, true) => tracing::warn!("trainer held: as much waits for the store as the disk may hold"),
+            (false, false) => tracing::info!("the trainer goes on"),
         }
-        self.hold = Hold { is_unsure, last_heard: Instant::now() };
-        self.trainer.hold(is_unsure);
+        self.hold.last_heard = Instant::now();
+        self.trainer.hold(self.hold.is_held());
     }
 
     fn stalled_at(&self) -> Instant {
@@ -375,7 +388,7 @@ impl<'a> Run<'a> {
         tracing::info!(?reason, "stopping the trainer");
         self.stop = Some(self.begin_stop(reason));
         // A trainer that stands still hears nothing. What it writes now is fenced like everything else.
-        self.hold(false);
+        self.hold(false, false);
         self.trainer.send(reason.command()).await;
     }
 

@@ -9,13 +9,12 @@ use std::{
 use relora::{
     db::{
         leases::{self, Lease, WorkKind},
-        training, workers,
+        training,
     },
     domain::{
         contract::{NodeFile, NodeReport},
-        ids::{JobId, WorkerId},
+        ids::JobId,
         lineage::{NodeKind, frozen_path},
-        offer::Offer,
         spec::Device,
     },
     embedded::S3,
@@ -29,7 +28,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-use crate::app::TestApp;
+use crate::{app::TestApp, queue::worker};
 
 const LAG_LIMIT: Duration = Duration::from_millis(500);
 
@@ -49,9 +48,7 @@ impl Attempt {
     async fn begin(pool: PgPool, store: Store, max_local_bytes: u64) -> Self {
         let app = TestApp::start(pool.clone()).await;
         let job = JobId::from(app.given_job().await);
-        let worker = WorkerId::new();
-        let offer = Offer { device: Device::Cpu, num_gpus: 0, memory_bytes: None, bf16_speedup: None };
-        workers::register(&pool, &worker, "test", &offer).await.unwrap();
+        let worker = worker(&pool).await;
         let mut connection = pool.acquire().await.unwrap();
         let lease = leases::claim(&mut connection, &worker, WorkKind::Train, Device::Cpu, 0, 600.0).await;
         let lease = lease.unwrap().unwrap();
