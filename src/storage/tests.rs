@@ -450,7 +450,8 @@ async fn a_store_that_is_too_slow_for_the_file_is_given_up_with_a_reason() {
 
 #[tokio::test]
 async fn what_a_completion_has_done_counts_whatever_was_answered() {
-    let cases: [(&str, fn(usize) -> Fault); 6] = [
+    type Case = (&'static str, fn(usize) -> Fault);
+    let cases: [Case; 6] = [
         ("the answer is lost", |before| if before == 0 { Fault::AnswerLost } else { NO_SUCH_UPLOAD }),
         ("the answer is cut", |before| if before == 0 { Fault::AnswerCut } else { NO_SUCH_UPLOAD }),
         ("an error comes after a status of 200", |before| match before {

@@ -21,7 +21,7 @@ use super::{Key, Result, StorageError, Store, error::local};
 pub(super) const PART_BYTES: u64 = 8 << 20;
 const MAX_PARTS: u64 = 10_000;
 /// Parts on their way together hold at most this much memory, or are one. One more is being read.
-const MAX_BYTES_IN_FLIGHT: u64 = 40 << 20;
+const MAX_BYTES_IN_FLIGHT: u64 = 32 << 20;
 pub(super) const CONTENT_TYPE: &str = "application/octet-stream";
 /// How often a file is uploaded anew that was given up, or whose object is nowhere to be found after a completion.
 const MAX_FILE_UPLOADS: u32 = 3;
@@ -221,7 +221,7 @@ impl Store {
             if number > MAX_PARTS {
                 return Err(self.failure("upload", &upload.key, "it has more parts than a store takes".into()));
             }
-            if sending.len() >= max_in_flight(part.len()) {
+            while sending.len() >= max_in_flight(part.len()) {
                 completed.extend(self.next_sent(sending, &upload.key).await?);
             }
             sending.spawn(send_part(self.clone(), upload.key.clone(), upload.id.clone(), number, part));
@@ -464,8 +464,8 @@ mod tests {
         let held = |len_bytes| {
             part_bytes(1, Some(len_bytes)) * (max_in_flight(part_bytes(1, Some(len_bytes)) as usize) as u64)
         };
-        assert_eq!(max_in_flight(PART_BYTES as usize), 5);
-        assert!([0, 1 << 30, 80 << 30, 200 << 30].iter().all(|len_bytes| held(*len_bytes) <= 40 << 20));
+        assert_eq!(max_in_flight(PART_BYTES as usize), 4);
+        assert!([0, 1 << 30, 80 << 30, 200 << 30].iter().all(|len_bytes| held(*len_bytes) <= 32 << 20));
         assert_eq!(max_in_flight(1 << 30), 1);
     }
 

@@ -245,7 +245,6 @@ pub(super) fn half_of_free_bytes(folder: &Path) -> u64 {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 mod tests {
     use super::*;
     use crate::domain::contract::NodeFile;
