@@ -10,5 +10,6 @@ pub mod lineage;
 pub mod memory;
 pub mod offer;
 pub mod problem;
+pub mod retention;
 pub mod schedule;
 pub mod spec;

@@ -185,6 +185,14 @@ pub struct EvalSpec {
 pub struct CheckpointsSpec {
     /// Updates between merged checkpoints; one more at the wrap and at the end.
     pub every_steps: i64,
+    /// How many of the newest are kept; null for all.
+    pub keep_last: Option<i64>,
+    /// Beside the newest, those whose step is a multiple of this.
+    pub keep_every_steps: Option<i64>,
+    /// Beside the newest, as many with the lowest evaluation loss at their step.
+    pub keep_best: Option<i64>,
+    /// Seconds after which one goes in any case, unless it is pinned or the newest; null for never.
+    pub ttl_s: Option<i64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]

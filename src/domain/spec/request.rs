@@ -256,6 +256,14 @@ pub struct EvalRequest {
 pub struct CheckpointsRequest {
     /// 1000 by default.
     pub every_steps: Option<i64>,
+    /// How many of the newest are kept; all by default. The newest one and pinned ones stay in any case.
+    pub keep_last: Option<i64>,
+    /// With `keep_last`, beside the newest: those whose step is a multiple of this.
+    pub keep_every_steps: Option<i64>,
+    /// With `keep_last`, beside the newest: as many with the lowest evaluation loss at their step.
+    pub keep_best: Option<i64>,
+    /// Seconds after which one goes in any case, unless it is pinned or the newest; never by default.
+    pub ttl_s: Option<i64>,
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
