@@ -30,6 +30,7 @@ use super::{auth::Caller, error::ProblemDetails, responses::CallerErrors, router
         (name = "bases", description = "Full weights where the low-rank training began"),
         (name = "restarts", description = "The LoRA delta of each cycle"),
         (name = "checkpoints", description = "Full weights: merged by jobs, or from outside"),
+        (name = "usage", description = "What is stored"),
         (name = "health", description = "Probes"),
         (name = "document", description = "This document"),
     )

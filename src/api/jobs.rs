@@ -57,6 +57,8 @@ pub struct Job {
     warnings: Vec<String>,
     failure: Option<Failure>,
     progress: JobProgress,
+    /// Bytes of everything that it has in the store: bases, restarts, checkpoints and states.
+    stored_bytes: i64,
     /// How often the job was taken up.
     lease_epoch: i64,
     /// Whether the result is to the bit that of a run without interruption; false once an attempt went on where the same
@@ -143,6 +145,7 @@ impl From<JobRow> for Job {
             choices: row.choices.map(|choices| choices.0),
             warnings: row.warnings,
             failure: row.failure.map(|failure| failure.0),
+            stored_bytes: row.stored_bytes,
             lease_epoch: row.lease_epoch,
             exact: row.is_exact,
             eligible_at: (row.state == JobState::Queued).then_some(row.eligible_at),

@@ -8,6 +8,7 @@ mod body;
 mod checkpoints;
 mod content;
 mod datasets;
+mod deletion;
 mod document;
 mod download;
 mod error;
@@ -26,6 +27,7 @@ mod restarts;
 mod router;
 mod tokenizations;
 mod upload;
+mod usage;
 
 use std::time::Duration;
 

@@ -18,10 +18,10 @@ use utoipa::{OpenApi as _, openapi::OpenApi};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
-    AppState, bases, checkpoints, datasets,
+    AppState, bases, checkpoints, datasets, deletion,
     document::{self, Document},
     error::{ApiError, write_problems},
-    events, extract, forks, health, imports, job_commands, jobs, metrics, restarts, tokenizations,
+    events, extract, forks, health, imports, job_commands, jobs, metrics, restarts, tokenizations, usage,
 };
 
 fn routes() -> OpenApiRouter<AppState> {
@@ -41,6 +41,7 @@ fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(job_commands::resume_job))
         .routes(routes!(job_commands::retry_job))
         .routes(routes!(jobs::find_job_logs))
+        .routes(routes!(deletion::delete_job_lineage))
         .routes(routes!(events::list_job_events))
         .routes(routes!(events::stream_job_events))
         .routes(routes!(metrics::list_job_metrics))
@@ -53,10 +54,13 @@ fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(restarts::list_restart_files))
         .routes(routes!(restarts::download_restart_file))
         .routes(routes!(checkpoints::list_checkpoints, imports::import_checkpoint))
-        .routes(routes!(checkpoints::find_checkpoint))
+        .routes(routes!(checkpoints::find_checkpoint, checkpoints::delete_checkpoint))
+        .routes(routes!(checkpoints::pin_checkpoint, checkpoints::unpin_checkpoint))
+        .routes(routes!(deletion::delete_checkpoints))
         .routes(routes!(checkpoints::list_checkpoint_files))
         .routes(routes!(forks::fork_checkpoint))
         .routes(routes!(checkpoints::download_checkpoint_file))
+        .routes(routes!(usage::find_usage))
 }
 
 /// The OpenAPI document.

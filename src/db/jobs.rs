@@ -38,6 +38,7 @@ pub struct JobRow {
     pub tokens_per_s: Option<f64>,
     pub num_tokens: Option<i64>,
     pub num_restarts: Option<i64>,
+    pub stored_bytes: i64,
 }
 
 /// Queues a job and returns its identifier. Commits nothing: the caller's transaction holds the data
@@ -130,7 +131,16 @@ async fn select(
                     and (-before.priority, before.created_at, before.id) < (-w.priority, w.created_at, w.id)
             ) end as queue_position,
             p.step as "step?", p.loss, p.learning_rate, p.tokens_per_s, p.num_tokens as "num_tokens?",
-            p.num_restarts as "num_restarts?"
+            p.num_restarts as "num_restarts?",
+            (
+                select coalesce(sum(o.size_bytes), 0)::bigint
+                from (
+                    select distinct on (f.object_key) f.size_bytes
+                    from nodes n
+                    join node_files f on f.node_id = n.id
+                    where n.job_id = j.id
+                ) o
+            ) as "stored_bytes!"
         from jobs j
         join work_items w on w.id = j.work_item_id
         join tokenizations t on t.id = j.tokenization_id

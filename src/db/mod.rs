@@ -16,9 +16,12 @@ pub mod leases;
 pub mod lineage;
 pub mod metrics;
 pub mod nodes;
+pub mod objects;
 pub mod recovery;
+pub mod retention;
 pub mod tokenizations;
 pub mod training;
+pub mod usage;
 pub mod workers;
 
 use std::time::Duration;

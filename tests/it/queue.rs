@@ -316,4 +316,7 @@ async fn only_the_newest_states_are_kept_and_shared_objects_outlive_them(pool: P
     let mut unnamed = nodes::drop_old_states(&pool, &lease, &job, 2).await.unwrap();
     unnamed.sort();
     assert_eq!(unnamed, ["state-10", "state-20"]);
+    let queued: Vec<String> =
+        sqlx::query_scalar("select object_key from deleted_objects order by 1").fetch_all(&pool).await.unwrap();
+    assert_eq!(queued, unnamed, "a worker that is killed before it deletes them leaves them to the collector");
 }
