@@ -97,8 +97,11 @@ async fn serve(
 /// Runs the local worker, if one is wanted. Its failure stops the server: jobs would wait for ever.
 async fn work(config: &ServeConfig, pool: PgPool, store: Store, shutdown: &Shutdown) -> Result<()> {
     let Some(agent) = &config.local_worker else {
-        // Where no worker lives there is still somebody to notice that they died.
-        shutdown.run_until(worker::take_back_expired(&pool, config.lease_s)).await;
+        // Where no worker lives there is still somebody to notice that they died, and to tidy up.
+        tokio::join!(
+            shutdown.run_until(worker::take_back_expired(&pool, config.lease_s)),
+            shutdown.run_until(worker::collect::run(&pool, &store)),
+        );
         return Ok(());
     };
     let outcome = worker::run(agent.clone(), pool, store, shutdown.clone()).await.context("run the local worker");

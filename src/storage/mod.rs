@@ -31,7 +31,7 @@ pub use self::{
     check::{Ability, Lack},
     download::ObjectStream,
     error::StorageError,
-    keys::{Key, MAX_KEY_BYTES},
+    keys::{JOBS_PREFIX, Key, MAX_KEY_BYTES, OTHER_PREFIXES},
     list::ListedObject,
     throughput::Throughput,
     upload::Uploaded,

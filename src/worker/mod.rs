@@ -2,6 +2,7 @@
 //! and writes every result. It holds no tensor; a trainer is a child process.
 
 mod checkpoint_tokenizer;
+pub mod collect;
 pub mod documents;
 mod ingest;
 mod lease_keeper;
@@ -90,6 +91,7 @@ pub async fn run(config: AgentConfig, pool: PgPool, store: Store, shutdown: Shut
         shutdown.run_until(stay_seen(&agent)),
         shutdown.run_until(sweep::sweep_uploads(&agent.store)),
         shutdown.run_until(take_back_expired(&agent.pool, agent.config.lease_s)),
+        shutdown.run_until(collect::run(&agent.pool, &agent.store)),
     );
     workers::mark_gone(&agent.pool, &agent.id).await.context("sign the worker off")?;
     tracing::info!(worker.id = %agent.id, "worker stopped");

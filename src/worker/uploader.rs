@@ -16,6 +16,7 @@ use sqlx::PgPool;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::{
+    collect,
     retry::{Backoff, until_written},
     upload_queue::{Backlog, Next, UploadQueue, half_of_free_bytes},
 };
@@ -209,9 +210,9 @@ impl Uploader {
         })
         .await?;
         self.stored.retain(|_, file| !unnamed.contains(&file.object_key));
-        let keys: Vec<_> = unnamed.into_iter().map(Key::from).collect();
-        if let Err(error) = self.store.delete(&keys).await {
-            tracing::warn!(%error, "could not delete old states; their objects are left behind");
+        // States come often and are large: their space is wanted before the collector's next turn.
+        if let Err(error) = collect::delete(&self.pool, &self.store, &unnamed).await {
+            tracing::warn!(error = format!("{error:#}"), "could not delete old states; the collector will");
         }
         Ok(())
     }

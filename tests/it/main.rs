@@ -17,5 +17,6 @@ mod migrations;
 mod openapi;
 mod problems;
 mod queue;
+mod retention;
 mod tokenizations;
 mod uploads;
