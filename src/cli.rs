@@ -65,6 +65,13 @@ enum Command {
     Restart(Client<client::node::Command>),
     /// The merged weights of a job, and checkpoints from outside.
     Checkpoint(Client<client::checkpoint::Command>),
+    /// What is stored, and how much of it.
+    Usage {
+        #[command(flatten)]
+        server: Server,
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// What `relora train` is told.
@@ -102,15 +109,22 @@ struct Train {
     profile: Option<PathBuf>,
 }
 
-/// A command that talks to a server.
+/// The server that a command talks to.
 #[derive(Debug, Args)]
-struct Client<C: Subcommand> {
+struct Server {
     /// Where the server is. By default RELORA_URL, else what a server on this machine wrote down.
     #[arg(long, global = true)]
     url: Option<String>,
     /// The key to send. By default RELORA_API_KEY, else what a server on this machine wrote down.
     #[arg(long, global = true)]
     api_key: Option<String>,
+}
+
+/// A command that talks to a server.
+#[derive(Debug, Args)]
+struct Client<C: Subcommand> {
+    #[command(flatten)]
+    server: Server,
     #[command(subcommand)]
     command: C,
 }
@@ -135,10 +149,16 @@ impl Train {
     }
 }
 
+impl Server {
+    fn connect(self) -> anyhow::Result<Http> {
+        let config = ClientConfig::from_args(self.url, self.api_key)?;
+        Http::new(&config.url, config.api_key.expose())
+    }
+}
+
 impl<C: Subcommand> Client<C> {
     fn connect(self) -> anyhow::Result<(Http, C)> {
-        let config = ClientConfig::from_args(self.url, self.api_key)?;
-        Ok((Http::new(&config.url, config.api_key.expose())?, self.command))
+        Ok((self.server.connect()?, self.command))
     }
 }
 
@@ -218,6 +238,7 @@ async fn run(command: Command) -> anyhow::Result<Outcome> {
             let (http, command) = client.connect()?;
             client::checkpoint::run(&http, command).await
         }
+        Command::Usage { server, json } => client::usage::show(&server.connect()?, json).await,
     }
 }
 
@@ -246,6 +267,6 @@ mod tests {
     fn server_and_key_may_follow_the_command() {
         let cli = Cli::try_parse_from(["relora", "job", "list", "--url", "http://h", "--api-key", "rl_k"]);
         let Ok(Command::Job(client)) = cli.map(|cli| cli.command) else { panic!("is a job command") };
-        assert_eq!((client.url.as_deref(), client.api_key.as_deref()), (Some("http://h"), Some("rl_k")));
+        assert_eq!((client.server.url.as_deref(), client.server.api_key.as_deref()), (Some("http://h"), Some("rl_k")));
     }
 }

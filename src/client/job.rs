@@ -8,7 +8,7 @@ use futures_util::StreamExt as _;
 use serde_json::{Map, Value};
 
 use super::{
-    Outcome,
+    Outcome, deletion,
     http::{Http, parse},
     print,
     resources::{Job, Metric},
@@ -81,6 +81,15 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Delete the bases, restarts and states of a job that is over. Its checkpoints stay.
+    DeleteLineage {
+        id: String,
+        /// Only say what it would come to.
+        #[arg(long)]
+        dry_run: bool,
+        #[arg(long)]
+        json: bool,
+    },
     /// Show a job live until it is over; the exit code is 0 if it succeeded, 1 if it failed, 3 if it
     /// was cancelled.
     Watch { id: String },
@@ -116,6 +125,7 @@ pub async fn run(http: &Http, command: Command) -> anyhow::Result<Outcome> {
         Command::Pause { id, json } => show(http.command(&["v1", "jobs", &id, "pause"], &[]).await?, json)?,
         Command::Resume { id, json } => show(http.command(&["v1", "jobs", &id, "resume"], &[]).await?, json)?,
         Command::Retry { id, json } => show(http.command(&["v1", "jobs", &id, "retry"], &[]).await?, json)?,
+        Command::DeleteLineage { id, dry_run, json } => deletion::of_lineage(http, &id, dry_run, json).await?,
         Command::Logs { id } => logs(http, &id).await?,
         Command::Metrics { id, name, json } => metrics(http, &id, name.as_deref(), json).await?,
     }
@@ -177,10 +187,11 @@ async fn list(http: &Http, state: Option<&str>, json: bool) -> anyhow::Result<()
             word(job.state),
             print::or_dash(progress.map(|progress| format!("{}/{}", progress.step, progress.num_steps))),
             print::or_dash(progress.and_then(|progress| progress.loss).map(|loss| format!("{loss:.4}"))),
+            print::or_dash(job.stored_bytes.map(print::size)),
             job.created_at.format("%Y-%m-%d %H:%M:%S").to_string(),
         ]);
     }
-    Ok(print::table(["id", "name", "state", "step", "loss", "created (UTC)"], &rows)?)
+    Ok(print::table(["id", "name", "state", "step", "loss", "stored", "created (UTC)"], &rows)?)
 }
 
 fn show(answer: Value, json: bool) -> anyhow::Result<()> {
@@ -218,6 +229,9 @@ fn describe(job: &Job) -> String {
     }
     if let Some(progress) = &job.progress {
         lines.push(format!("  step {}/{}  {}", progress.step, progress.num_steps, watch::describe(progress)));
+    }
+    if let Some(bytes) = job.stored_bytes.filter(|&bytes| bytes > 0) {
+        lines.push(format!("  stored: {}", print::size(bytes)));
     }
     if let (Some(from), Some(to)) = (job.started_at, job.finished_at) {
         lines.push(format!("  took {}", print::duration((to - from).as_seconds_f64())));

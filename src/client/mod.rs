@@ -5,7 +5,9 @@ pub mod checkpoint;
 pub mod dataset;
 pub mod job;
 pub mod node;
+pub mod usage;
 
+mod deletion;
 mod download;
 mod folder;
 mod http;
