@@ -56,6 +56,8 @@ def spec_of(case):
         "eval": {"every_steps": NEVER, "max_tokens": 1, "prompts": []}, "checkpoints": {"every_steps": NEVER},
         "state_every_s": NEVER, "resources": {"device": case.device, "num_gpus": 1}, "priority": 0, "labels": {},
         "max_runtime_s": None,
+        "max_stall_s": 900,
+        "retries": {"infrastructure": 5, "user": 0},
     }
     spec["memory"] = case.memory or DEFAULT_MEMORY
     return spec

@@ -55,7 +55,8 @@ pub fn spec(patch: Value) -> TrainSpec {
         "precision": "fp32", "deterministic": true, "seed": 11,
         "eval": {"every_steps": 100, "max_tokens": 90, "prompts": []},
         "checkpoints": {"every_steps": 100}, "state_every_s": 3600,
-        "resources": {"device": "cpu", "num_gpus": 1}, "priority": 0, "labels": {}, "max_runtime_s": null
+        "resources": {"device": "cpu", "num_gpus": 1}, "priority": 0, "labels": {}, "max_runtime_s": null,
+        "max_stall_s": 900, "retries": {"infrastructure": 5, "user": 0}
     });
     merge(&mut spec, patch);
     let spec: TrainSpec = serde_json::from_value(spec).expect("a spec");

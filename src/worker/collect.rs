@@ -25,7 +25,6 @@ const RETENTION_EVERY_S: f64 = 5.0 * 60.0;
 const SWEEP_EVERY_S: f64 = 6.0 * 3_600.0;
 /// What is younger may be of an upload whose row is still to come.
 const ORPHAN_AGE: Duration = Duration::from_secs(24 * 3_600);
-const STALE_UPLOAD_AGE: Duration = Duration::from_secs(48 * 3_600);
 /// Objects that are listed or deleted at once.
 const BATCH: usize = 1_000;
 
@@ -48,7 +47,7 @@ async fn take_turns(pool: &PgPool, store: &Store) -> Result<()> {
     }
     if objects::take_turn(pool, CollectorPart::Sweep, SWEEP_EVERY_S).await? {
         sweep(pool, store, Utc::now() - ORPHAN_AGE).await?;
-        store.abort_stale_uploads(STALE_UPLOAD_AGE).await.context("abort uploads that nobody ends")?;
+        store.abort_stale_uploads(Store::STALE_UPLOAD).await.context("abort uploads that nobody ends")?;
     }
     Ok(())
 }

@@ -11,7 +11,6 @@ mod log_file;
 mod reporter;
 mod retry;
 mod staging;
-mod sweep;
 pub mod tokenize;
 mod train;
 mod trainer;
@@ -89,7 +88,6 @@ pub async fn run(config: AgentConfig, pool: PgPool, store: Store, shutdown: Shut
         join_all(agent.slots().into_iter().map(|gpu| lane(&agent, Lane::Train { gpu }, &shutdown))),
         lane(&agent, Lane::Ingest, &shutdown),
         shutdown.run_until(stay_seen(&agent)),
-        shutdown.run_until(sweep::sweep_uploads(&agent.store)),
         shutdown.run_until(take_back_expired(&agent.pool, agent.config.lease_s)),
         shutdown.run_until(collect::run(&agent.pool, &agent.store)),
     );

@@ -4,7 +4,7 @@ use relora::{
     db::MIGRATOR,
     domain::contract::FORMAT_VERSION,
     domain::spec::{
-        CheckpointsSpec, FrozenWeights, MemorySpec, MergedWeights, MethodSpec, MicroBatch, OptimizerReset, Recompute,
+        CheckpointsSpec, FrozenWeights, MemorySpec, MergedWeights, MethodSpec, MicroBatch, OptimizerReset, Recompute, RetriesSpec,
         TrainSpec,
     },
 };
@@ -92,6 +92,7 @@ async fn specs_of_the_first_version_gain_the_settings_that_came_later(pool: PgPo
         let keep_all =
             CheckpointsSpec { every_steps: 100, keep_last: None, keep_every_steps: None, keep_best: None, ttl_s: None };
         assert_eq!(spec.checkpoints, keep_all);
+        assert_eq!((spec.max_stall_s, spec.retries), (900, RetriesSpec { infrastructure: 5, user: 0 }));
     }
     let versions: Vec<i64> =
         sqlx::query_scalar("select format_version from work_items").fetch_all(&pool).await.unwrap();

@@ -32,7 +32,8 @@ def spec(model, method, optimizer, schedule, batch, **others):
         "memory": {"recompute": "cheap", "frozen_weights": "full", "merged_weights": "auto"}, "precision": "fp32",
         "deterministic": True, "seed": 7, "eval": {"every_steps": 20, "max_tokens": 100000, "prompts": []},
         "checkpoints": {"every_steps": 10}, "state_every_s": 3600, "resources": {"device": "cpu", "num_gpus": 1},
-        "priority": 0, "labels": {}, "max_runtime_s": None,
+        "priority": 0, "labels": {}, "max_runtime_s": None, "max_stall_s": 900,
+        "retries": {"infrastructure": 5, "user": 0},
     } | others
 
 

@@ -27,7 +27,8 @@ fn spec(changes: &[(&str, Value)]) -> TrainSpec {
         "precision": "fp32", "deterministic": true, "seed": 11,
         "eval": {"every_steps": 100, "max_tokens": 90, "prompts": []},
         "checkpoints": {"every_steps": 100}, "state_every_s": 3600,
-        "resources": {"device": "auto", "num_gpus": 1}, "priority": 0, "labels": {}, "max_runtime_s": null
+        "resources": {"device": "auto", "num_gpus": 1}, "priority": 0, "labels": {}, "max_runtime_s": null,
+        "max_stall_s": 900, "retries": {"infrastructure": 5, "user": 0}
     });
     for (pointer, value) in changes {
         *spec.pointer_mut(pointer).expect("a field of a spec") = value.clone();
