@@ -64,6 +64,8 @@ pub enum ApiError {
     JobNotFinished(JobState),
     #[error("the job is {} already", state_name(*.0))]
     JobFinished(JobState),
+    #[error("the checkpoint that the job began with was deleted, and the job has no state to go on from")]
+    NothingToGoOnFrom,
     #[error("that cannot be asked of a job that is {}", state_name(*.0))]
     WrongJobState(JobState),
     #[error(
@@ -123,6 +125,7 @@ impl ApiError {
             Self::Busy => (StatusCode::CONFLICT, "busy"),
             Self::JobFinished(_) => (StatusCode::CONFLICT, "job_finished"),
             Self::WrongJobState(_) => (StatusCode::CONFLICT, "wrong_job_state"),
+            Self::NothingToGoOnFrom => (StatusCode::CONFLICT, "nothing_to_go_on_from"),
             Self::NoJobToFork => (StatusCode::CONFLICT, "no_job_to_fork"),
             Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "too_large"),
             Self::UnsupportedMediaType(_) => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),

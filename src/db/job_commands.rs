@@ -33,6 +33,8 @@ pub enum Answer {
     NotFound,
     /// It makes no sense for a job in this state.
     Refused(JobState),
+    /// What the job began with was deleted, and it has no state to go on from.
+    NothingToGoOnFrom,
 }
 
 /// What a command does to a job.
@@ -57,6 +59,9 @@ pub async fn give(pool: &PgPool, project: &ProjectId, id: &JobId, command: JobCo
     };
     apply(&mut tx, id, &work_item, &effect).await?;
     if command == JobCommand::Retry {
+        if !has_a_beginning(&mut tx, id).await? {
+            return Ok(Answer::NothingToGoOnFrom);
+        }
         start_over(&mut tx, id, &work_item).await?;
     }
     tx.commit().await?;
@@ -163,6 +168,23 @@ async fn apply(connection: &mut PgConnection, id: &JobId, work_item: &WorkItemId
     let event = NewEvent { kind: effect.event, lease_epoch: None, message: effect.message, data: json!({}) };
     events::append(connection, id, event).await?;
     Ok(())
+}
+
+/// Whether there is a state to go on from, or what the job began with.
+async fn has_a_beginning(connection: &mut PgConnection, id: &JobId) -> sqlx::Result<bool> {
+    sqlx::query_scalar!(
+        r#"
+        -- db::job_commands::has_a_beginning
+        select init.deleted_at is null
+            or exists (select 1 from nodes where job_id = j.id and kind = 'state' and not superseded) as "has!"
+        from jobs j
+        left join nodes init on init.id = j.init_node_id
+        where j.id = $1
+        "#,
+        id.as_str(),
+    )
+    .fetch_one(connection)
+    .await
 }
 
 /// Budgets and the clock of the maximum runtime begin anew.

@@ -194,7 +194,7 @@ pub async fn delete_lineage(
     let state = sqlx::query_scalar!(
         r#"
         -- db::retention::delete_lineage: job
-        select state as "state: JobState" from jobs where project_id = $1 and id = $2 for update
+        select state as "state: JobState" from jobs where project_id = $1 and id = $2 for no key update
         "#,
         project.as_str(),
         job.as_str(),

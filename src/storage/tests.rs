@@ -424,7 +424,8 @@ async fn an_upload_without_progress_is_begun_again() {
         0 => Fault::Silent,
         _ => Fault::Pass,
     });
-    assert_eq!(faulty.await.upload_well().await, 2);
+    // A busy machine may be slow enough to be taken for another silence.
+    assert!(faulty.await.upload_well().await >= 2);
 }
 
 #[tokio::test]

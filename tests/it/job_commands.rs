@@ -70,6 +70,22 @@ async fn a_failed_job_is_retried_with_fresh_budgets(pool: PgPool) {
             .await
             .unwrap();
     assert_eq!(budgets, (0, 0));
+
+    // What it began with is gone, and nothing is stored that it could go on from.
+    app.set_job_state(&id, "failed").await;
+    sqlx::query(
+        r#"with init as (
+            insert into nodes (id, project_id, kind, step, restart, model, name, deleted_at)
+            select 'node_gone', project_id, 'checkpoint', 0, 0, '{}', 'n', now() from jobs where id = $1
+         )
+         update jobs set init_node_id = 'node_gone' where id = $1"#,
+    )
+    .bind(&id)
+    .execute(&app.pool)
+    .await
+    .unwrap();
+    assert_eq!(give(&app, &id, "retry").await.problem(409).0, "nothing_to_go_on_from");
+    assert_eq!(app.find_job(&id).await.json()["state"], "failed");
 }
 
 #[sqlx::test]

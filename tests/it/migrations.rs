@@ -4,8 +4,8 @@ use relora::{
     db::MIGRATOR,
     domain::contract::FORMAT_VERSION,
     domain::spec::{
-        CheckpointsSpec, FrozenWeights, MemorySpec, MergedWeights, MethodSpec, MicroBatch, OptimizerReset, Recompute, RetriesSpec,
-        TrainSpec,
+        CheckpointsSpec, FrozenWeights, MemorySpec, MergedWeights, MethodSpec, MicroBatch, OptimizerReset, Recompute,
+        RetriesSpec, TrainSpec,
     },
 };
 use serde_json::{Value, json};
