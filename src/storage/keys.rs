@@ -13,6 +13,13 @@ pub const MAX_KEY_BYTES: usize = 120;
 pub const JOBS_PREFIX: &str = "j/";
 /// What all other keys begin with: imports, tokenizations, datasets.
 pub const OTHER_PREFIXES: [&str; 3] = ["i/", "t/", "d/"];
+/// What `relora s3-check` writes and deletes again.
+pub(super) const CHECK_PREFIX: &str = "check/";
+
+/// Whether a key, as the store has it without its prefix, is one of ours: others may share the bucket.
+pub(super) fn is_ours(key: &str) -> bool {
+    [JOBS_PREFIX, CHECK_PREFIX].iter().chain(&OTHER_PREFIXES).any(|prefix| key.starts_with(prefix))
+}
 
 /// The name of an object, below the store's prefix.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]

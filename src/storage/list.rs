@@ -9,7 +9,7 @@ use aws_sdk_s3::{
 };
 use chrono::{DateTime, Utc};
 
-use super::{Key, Result, Store};
+use super::{Key, Result, Store, keys::is_ours};
 
 /// The most that one request lists.
 const MAX_PAGE: usize = 1000;
@@ -75,10 +75,7 @@ impl Store {
                 }
                 Err(error) => return Err(self.error("list open", &prefix, error)),
             };
-            let is_stale = |upload: &&MultipartUpload| {
-                upload.initiated().and_then(time).is_some_and(|begun_at| begun_at < begun_before)
-            };
-            for upload in response.uploads().iter().filter(is_stale) {
+            for upload in response.uploads().iter().filter(|upload| self.is_stale(upload, begun_before)) {
                 num_aborted += usize::from(self.abort_upload(upload).await?);
             }
             if response.is_truncated() != Some(true) || response.next_key_marker().is_none() {
@@ -86,6 +83,11 @@ impl Store {
             }
             (key_marker, id_marker) = (response.next_key_marker, response.next_upload_id_marker);
         }
+    }
+
+    fn is_stale(&self, upload: &MultipartUpload, begun_before: DateTime<Utc>) -> bool {
+        let key = upload.key().and_then(|key| key.strip_prefix(&self.object_prefix())).unwrap_or_default();
+        is_ours(key) && upload.initiated().and_then(time).is_some_and(|begun_at| begun_at < begun_before)
     }
 
     /// False if the upload has ended meanwhile.
