@@ -12,3 +12,4 @@ pub mod offer;
 pub mod problem;
 pub mod schedule;
 pub mod spec;
+pub mod verification;
