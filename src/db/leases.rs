@@ -35,6 +35,8 @@ pub enum WriteError {
 pub enum WorkKind {
     Train,
     Ingest,
+    Verify,
+    Materialize,
 }
 
 /// What the holder of a lease is told to do with it.

@@ -13,11 +13,13 @@ pub mod jobs;
 pub mod keys;
 pub mod leases;
 pub mod lineage;
+pub mod lineage_tasks;
 pub mod metrics;
 pub mod nodes;
 pub mod recovery;
 pub mod tokenizations;
 pub mod training;
+pub mod upkeep;
 pub mod workers;
 
 use std::time::Duration;
