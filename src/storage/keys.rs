@@ -2,7 +2,7 @@
 
 use super::{Result, StorageError};
 use crate::domain::{
-    ids::{DatasetId, JobId, NodeId, TokenizationId},
+    ids::{DatasetId, JobId, LineageTaskId, NodeId, TokenizationId},
     lineage::{attempt_key, import_key},
 };
 
@@ -32,6 +32,11 @@ impl Key {
     /// A file of an imported checkpoint.
     pub fn import(node: &NodeId, name: &str) -> Self {
         Self(import_key(node, name))
+    }
+
+    /// A file of a checkpoint that a task rebuilt.
+    pub fn materialized(task: &LineageTaskId, lease_epoch: i64, name: &str) -> Self {
+        Self(format!("m/{task}/{lease_epoch}/{name}"))
     }
 
     /// The trainer's log of one attempt.

@@ -7,12 +7,14 @@ mod ingest;
 mod lease_keeper;
 pub mod local;
 mod log_file;
+mod rebuild;
 mod reporter;
 mod retry;
 mod staging;
 pub mod tokenize;
 mod train;
 mod trainer;
+mod upkeep;
 mod uploader;
 mod work_dir;
 
@@ -74,8 +76,9 @@ pub async fn run(config: AgentConfig, pool: PgPool, store: Store, shutdown: Shut
 
     let agent = Arc::new(Agent { id, config, pool, store, work_dir, offer });
     tokio::join!(
-        lane(&agent, WorkKind::Train, &shutdown),
-        lane(&agent, WorkKind::Ingest, &shutdown),
+        lane(&agent, Lane::Train, &shutdown),
+        lane(&agent, Lane::Ingest, &shutdown),
+        lane(&agent, Lane::Upkeep, &shutdown),
         shutdown.run_until(stay_seen(&agent)),
         shutdown.run_until(take_back_expired(&agent.pool, agent.config.lease_s)),
     );
@@ -84,18 +87,28 @@ pub async fn run(config: AgentConfig, pool: PgPool, store: Store, shutdown: Shut
     Ok(())
 }
 
+/// What a worker does beside each other.
+#[derive(Debug, Clone, Copy)]
+enum Lane {
+    Train,
+    Ingest,
+    /// Tasks on lineages that are there.
+    Upkeep,
+}
+
 /// Takes one item after another. Each kind of work has its own lane, so that a training of days does
 /// not hold up the tokenization that the next job waits for.
-async fn lane(agent: &Arc<Agent>, kind: WorkKind, shutdown: &Shutdown) {
+async fn lane(agent: &Arc<Agent>, lane: Lane, shutdown: &Shutdown) {
     while !shutdown.is_triggered() {
-        let outcome = match kind {
-            WorkKind::Train => train_next(agent, shutdown).await,
-            WorkKind::Ingest => ingest_next(agent, shutdown).await,
+        let outcome = match lane {
+            Lane::Train => train_next(agent, shutdown).await,
+            Lane::Ingest => ingest_next(agent, shutdown).await,
+            Lane::Upkeep => upkeep_next(agent, shutdown).await,
         };
         match outcome {
             Ok(true) => continue,
             Ok(false) => {}
-            Err(error) => tracing::warn!(error = format!("{error:#}"), ?kind, "could not look for work"),
+            Err(error) => tracing::warn!(error = format!("{error:#}"), ?lane, "could not look for work"),
         }
         shutdown.run_until(tokio::time::sleep(POLL)).await;
     }
@@ -132,6 +145,24 @@ async fn ingest_next(agent: &Agent, shutdown: &Shutdown) -> Result<bool> {
     let ingestion = db::ingestion::begin_attempt(&mut tx, &lease).await.context("begin the attempt")?;
     tx.commit().await?;
     ingest::run(agent, &lease, ingestion, shutdown).await;
+    Ok(true)
+}
+
+/// Claims a task on a lineage and does it. False if there is none.
+async fn upkeep_next(agent: &Agent, shutdown: &Shutdown) -> Result<bool> {
+    let mut tx = agent.pool.begin().await?;
+    let mut lease = None;
+    for kind in [WorkKind::Materialize, WorkKind::Verify] {
+        if lease.is_none() {
+            lease = agent.claim(&mut tx, kind).await?;
+        }
+    }
+    let Some(lease) = lease else { return Ok(false) };
+    let task = db::upkeep::begin_attempt(&mut tx, &lease).await.context("begin the attempt")?;
+    tx.commit().await?;
+    if let Some(task) = task {
+        upkeep::run(agent, &lease, task, shutdown).await;
+    }
     Ok(true)
 }
 
