@@ -56,6 +56,8 @@ pub enum ApiError {
     InUse(Vec<String>),
     #[error("a worker is busy with it; wait until it is done")]
     Busy,
+    #[error("a later attempt on the job went on from before the restart, which is no part of the lineage any more")]
+    Superseded,
     #[error("the job is {} already", state_name(*.0))]
     JobFinished(JobState),
     #[error("the body is larger than the {limit_bytes} bytes that are taken")]
@@ -106,6 +108,7 @@ impl ApiError {
             Self::DatasetNotReady(_) => (StatusCode::CONFLICT, "dataset_not_ready"),
             Self::InUse(_) => (StatusCode::CONFLICT, "in_use"),
             Self::Busy => (StatusCode::CONFLICT, "busy"),
+            Self::Superseded => (StatusCode::CONFLICT, "superseded"),
             Self::JobFinished(_) => (StatusCode::CONFLICT, "job_finished"),
             Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "too_large"),
             Self::UnsupportedMediaType(_) => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),

@@ -17,6 +17,7 @@ mod health;
 mod imports;
 mod jobs;
 mod lineage;
+mod lineage_tasks;
 mod metrics;
 mod page;
 mod responses;

@@ -21,7 +21,7 @@ use super::{
     AppState, bases, checkpoints, datasets,
     document::{self, Document},
     error::{ApiError, write_problems},
-    events, extract, health, imports, jobs, metrics, restarts, tokenizations,
+    events, extract, health, imports, jobs, lineage_tasks, metrics, restarts, tokenizations,
 };
 
 fn routes() -> OpenApiRouter<AppState> {
@@ -49,6 +49,10 @@ fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(restarts::find_restart))
         .routes(routes!(restarts::list_restart_files))
         .routes(routes!(restarts::download_restart_file))
+        .routes(routes!(lineage_tasks::materialize_restart))
+        .routes(routes!(lineage_tasks::verify_restart))
+        .routes(routes!(lineage_tasks::list_lineage_tasks))
+        .routes(routes!(lineage_tasks::find_lineage_task))
         .routes(routes!(checkpoints::list_checkpoints, imports::import_checkpoint))
         .routes(routes!(checkpoints::find_checkpoint))
         .routes(routes!(checkpoints::list_checkpoint_files))

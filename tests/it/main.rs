@@ -10,6 +10,7 @@ mod imports;
 mod jobs;
 mod layers;
 mod lineage;
+mod lineage_tasks;
 mod metrics;
 mod migrations;
 mod openapi;
