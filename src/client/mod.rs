@@ -5,6 +5,7 @@ pub mod checkpoint;
 pub mod dataset;
 pub mod job;
 pub mod node;
+pub mod restart;
 
 mod download;
 mod folder;
