@@ -104,7 +104,8 @@ fn check_chain(task: &Task) -> Result<(), Failure> {
         return Ok(());
     }
     let message = format!(
-        "the lineage of restart {} is not whole: its base and the restarts 1 to {} are needed, there are the files of {:?}",
+        "the lineage of restart {} is not whole: its base and the restarts 1 to {} are needed, there are the files of \
+         {:?}",
         task.restart,
         task.number,
         task.chain
