@@ -13,8 +13,8 @@ use clap::{Args, Parser, Subcommand};
 use crate::{
     api,
     client::{self, Http, Outcome},
-    config::{ClientConfig, DatabaseConfig, ServeConfig, TrainConfig, WorkerConfig},
-    db, serve,
+    config::{ClientConfig, DatabaseConfig, ServeConfig, StoreConfig, TrainConfig, WorkerConfig},
+    db, operate, s3_check, serve,
     shutdown::Shutdown,
     telemetry,
     worker::{
@@ -37,15 +37,27 @@ enum Command {
     Serve,
     /// Run a worker that takes jobs from the database of a server.
     Worker,
+    /// Look at the workers of a database, and take them out of service.
+    Workers {
+        #[command(subcommand)]
+        command: operate::Command,
+    },
     /// Bring the schema of the database up to date.
     Migrate,
+    /// Find out what the S3 store of the settings can do, and how it will be used.
+    #[command(name = "s3-check")]
+    S3Check {
+        /// Also measure how fast it takes a file of so many bytes.
+        #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+        upload_bytes: Option<u64>,
+    },
     /// Print the OpenAPI document.
     Openapi,
     /// Train by hand, without a server.
     Train(Train),
     /// Upload text and turn it into tokens.
     Dataset(Client<client::dataset::Command>),
-    /// Submit, watch and cancel training jobs.
+    /// Submit, watch and steer training jobs.
     Job(Client<client::job::Command>),
     /// The full weights that the deltas of a job add to.
     Base(Client<client::node::Command>),
@@ -53,6 +65,13 @@ enum Command {
     Restart(Client<client::restart::Command>),
     /// The merged weights of a job, and checkpoints from outside.
     Checkpoint(Client<client::checkpoint::Command>),
+    /// What is stored, and how much of it.
+    Usage {
+        #[command(flatten)]
+        server: Server,
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// What `relora train` is told.
@@ -90,15 +109,22 @@ struct Train {
     profile: Option<PathBuf>,
 }
 
-/// A command that talks to a server.
+/// The server that a command talks to.
 #[derive(Debug, Args)]
-struct Client<C: Subcommand> {
+struct Server {
     /// Where the server is. By default RELORA_URL, else what a server on this machine wrote down.
     #[arg(long, global = true)]
     url: Option<String>,
     /// The key to send. By default RELORA_API_KEY, else what a server on this machine wrote down.
     #[arg(long, global = true)]
     api_key: Option<String>,
+}
+
+/// A command that talks to a server.
+#[derive(Debug, Args)]
+struct Client<C: Subcommand> {
+    #[command(flatten)]
+    server: Server,
     #[command(subcommand)]
     command: C,
 }
@@ -123,10 +149,16 @@ impl Train {
     }
 }
 
+impl Server {
+    fn connect(self) -> anyhow::Result<Http> {
+        let config = ClientConfig::from_args(self.url, self.api_key)?;
+        Http::new(&config.url, config.api_key.expose())
+    }
+}
+
 impl<C: Subcommand> Client<C> {
     fn connect(self) -> anyhow::Result<(Http, C)> {
-        let config = ClientConfig::from_args(self.url, self.api_key)?;
-        Ok((Http::new(&config.url, config.api_key.expose())?, self.command))
+        Ok((self.server.connect()?, self.command))
     }
 }
 
@@ -166,10 +198,20 @@ async fn run(command: Command) -> anyhow::Result<Outcome> {
             worker::run_standalone(config, Shutdown::on_signals()?).await?;
             Ok(Outcome::Done)
         }
+        Command::Workers { command } => {
+            let pool =
+                db::connect(DatabaseConfig::from_env()?.url.expose(), 1).await.context("connect to PostgreSQL")?;
+            operate::run(&pool, command).await?;
+            Ok(Outcome::Done)
+        }
         Command::Migrate => {
             let pool =
                 db::connect(DatabaseConfig::from_env()?.url.expose(), 1).await.context("connect to PostgreSQL")?;
             db::MIGRATOR.run(&pool).await.context("migrate the database")?;
+            Ok(Outcome::Done)
+        }
+        Command::S3Check { upload_bytes } => {
+            s3_check::run(&StoreConfig::from_env()?, upload_bytes).await?;
             Ok(Outcome::Done)
         }
         Command::Openapi => {
@@ -202,6 +244,7 @@ async fn run(command: Command) -> anyhow::Result<Outcome> {
             let (http, command) = client.connect()?;
             client::checkpoint::run(&http, command).await
         }
+        Command::Usage { server, json } => client::usage::show(&server.connect()?, json).await,
     }
 }
 
@@ -225,6 +268,6 @@ mod tests {
     fn server_and_key_may_follow_the_command() {
         let cli = Cli::try_parse_from(["relora", "job", "list", "--url", "http://h", "--api-key", "rl_k"]);
         let Ok(Command::Job(client)) = cli.map(|cli| cli.command) else { panic!("is a job command") };
-        assert_eq!((client.url.as_deref(), client.api_key.as_deref()), (Some("http://h"), Some("rl_k")));
+        assert_eq!((client.server.url.as_deref(), client.server.api_key.as_deref()), (Some("http://h"), Some("rl_k")));
     }
 }

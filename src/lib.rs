@@ -18,6 +18,8 @@ pub mod config;
 pub mod db;
 pub mod domain;
 pub mod embedded;
+pub mod operate;
+pub mod s3_check;
 pub mod serve;
 pub mod shutdown;
 pub mod storage;

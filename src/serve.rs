@@ -75,7 +75,7 @@ async fn serve(
     if postgres.is_some() {
         // Nobody else can reach this database, so whoever held a lease is gone.
         leases::expire_all(&pool).await.context("expire the leases of a server that was killed")?;
-        recovery::requeue_expired(&pool).await.context("requeue the work of a server that was killed")?;
+        recovery::requeue_expired(&pool, 0.0).await.context("requeue the work of a server that was killed")?;
         datasets::fail_all_uploads(&pool).await.context("end the uploads of a server that was killed")?;
     }
     let client_file = write_client_file(&config.data_dir, &pool, address.port(), postgres.is_some()).await?;
@@ -97,8 +97,11 @@ async fn serve(
 /// Runs the local worker, if one is wanted. Its failure stops the server: jobs would wait for ever.
 async fn work(config: &ServeConfig, pool: PgPool, store: Store, shutdown: &Shutdown) -> Result<()> {
     let Some(agent) = &config.local_worker else {
-        // Where no worker lives there is still somebody to notice that they died.
-        shutdown.run_until(worker::take_back_expired(&pool, config.lease_s)).await;
+        // Where no worker lives there is still somebody to notice that they died, and to tidy up.
+        tokio::join!(
+            shutdown.run_until(worker::take_back_expired(&pool, config.lease_s)),
+            shutdown.run_until(worker::collect::run(&pool, &store)),
+        );
         return Ok(());
     };
     let outcome = worker::run(agent.clone(), pool, store, shutdown.clone()).await.context("run the local worker");

@@ -3,19 +3,22 @@
 use axum::{
     Json,
     extract::State,
-    http::{HeaderMap, Method},
+    http::{HeaderMap, Method, StatusCode},
     response::Response,
 };
 
 use super::{
     AppState,
     auth::Caller,
-    error::ApiResult,
+    error::{ApiError, ApiResult},
     extract::{Path, Query},
     lineage::{self, DownloadQuery, FileRequest, ListNodesQuery, Node, NodeFilePage, NodePage},
-    responses::{CallerErrors, NotFoundError, QueryErrors, RangeError},
+    responses::{CallerErrors, ConflictError, GoneError, NotFoundError, QueryErrors, RangeError},
 };
-use crate::domain::{ids::NodeId, lineage::NodeKind};
+use crate::{
+    db::retention::{self, Selection},
+    domain::{ids::NodeId, lineage::NodeKind, retention::BlockReason},
+};
 
 /// List checkpoints
 ///
@@ -41,6 +44,59 @@ pub async fn find_checkpoint(
     Ok(Json(lineage::find(&state, &caller, NodeKind::Checkpoint, &id).await?))
 }
 
+/// Delete a checkpoint
+///
+/// Of a job or from outside. What a job that is not finished begins with, a tokenization still reads, or a user has pinned
+/// is not deleted. Deleting it twice is no mistake.
+#[utoipa::path(delete, path = "/v1/checkpoints/{checkpoint_id}", tag = "checkpoints", params(("checkpoint_id" = String, Path)),
+    responses((status = 204, description = "It is deleted"), CallerErrors, NotFoundError, ConflictError))]
+pub async fn delete_checkpoint(
+    caller: Caller,
+    State(state): State<AppState>,
+    Path(id): Path<NodeId>,
+) -> ApiResult<StatusCode> {
+    let selection = Selection { ids: Some(vec![id.to_string()]), ..Selection::default() };
+    let deletion = retention::delete_checkpoints(&state.pool, &caller.project, &selection, false).await?;
+    match deletion.blockers.first() {
+        None => {
+            tracing::info!(checkpoint.id = %id, "checkpoint deleted");
+            Ok(StatusCode::NO_CONTENT)
+        }
+        Some(blocker) if blocker.reason == BlockReason::NotFound => Err(ApiError::NotFound("checkpoint")),
+        Some(_) => Err(ApiError::Needed(deletion.blockers)),
+    }
+}
+
+/// Pin a checkpoint
+///
+/// It is kept, whatever the policy of its job says, and nobody deletes it, until it is unpinned.
+#[utoipa::path(put, path = "/v1/checkpoints/{checkpoint_id}/pin", tag = "checkpoints", params(("checkpoint_id" = String, Path)),
+    responses((status = 200, description = "The checkpoint, pinned", body = Node), CallerErrors, NotFoundError, GoneError))]
+pub async fn pin_checkpoint(
+    caller: Caller,
+    State(state): State<AppState>,
+    Path(id): Path<NodeId>,
+) -> ApiResult<Json<Node>> {
+    set_pinned(&state, &caller, &id, true).await
+}
+
+/// Unpin a checkpoint
+#[utoipa::path(delete, path = "/v1/checkpoints/{checkpoint_id}/pin", tag = "checkpoints", params(("checkpoint_id" = String, Path)),
+    responses((status = 200, description = "The checkpoint, not pinned", body = Node), CallerErrors, NotFoundError, GoneError))]
+pub async fn unpin_checkpoint(
+    caller: Caller,
+    State(state): State<AppState>,
+    Path(id): Path<NodeId>,
+) -> ApiResult<Json<Node>> {
+    set_pinned(&state, &caller, &id, false).await
+}
+
+async fn set_pinned(state: &AppState, caller: &Caller, id: &NodeId, pinned: bool) -> ApiResult<Json<Node>> {
+    let is_there = retention::set_pinned(&state.pool, &caller.project, id, pinned).await?;
+    let node = lineage::find(state, caller, NodeKind::Checkpoint, id).await?;
+    if is_there { Ok(Json(node)) } else { Err(ApiError::Deleted("checkpoint")) }
+}
+
 /// List a checkpoint's files
 #[utoipa::path(get, path = "/v1/checkpoints/{checkpoint_id}/files", tag = "checkpoints", params(("checkpoint_id" = String, Path)),
     responses((status = 200, description = "Its files", body = NodeFilePage), CallerErrors, NotFoundError))]
@@ -59,7 +115,7 @@ pub async fn list_checkpoint_files(
         (status = 206, description = "The range that was asked for", content_type = "application/octet-stream", body = Vec<u8>),
         (status = 304, description = "The client has it already"),
         (status = 307, description = "The file is at this URL for a while"),
-        CallerErrors, NotFoundError, QueryErrors, RangeError))]
+        CallerErrors, NotFoundError, GoneError, QueryErrors, RangeError))]
 pub async fn download_checkpoint_file(
     caller: Caller,
     State(state): State<AppState>,

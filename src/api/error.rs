@@ -15,7 +15,7 @@ use tower_http::request_id::RequestId;
 use utoipa::ToSchema;
 
 use crate::{
-    domain::{job::JobState, problem::Problem},
+    domain::{job::JobState, problem::Problem, retention::Blocker},
     storage::StorageError,
 };
 
@@ -54,12 +54,24 @@ pub enum ApiError {
     DatasetNotReady(&'static str),
     #[error("it is used by {}; delete that first", .0.join(", "))]
     InUse(Vec<String>),
+    #[error("nothing was deleted: {}", listed(.0))]
+    Needed(Vec<Blocker>),
+    #[error("the {0} was deleted")]
+    Deleted(&'static str),
     #[error("a worker is busy with it; wait until it is done")]
     Busy,
     #[error("a later attempt on the job went on from before the restart, which is no part of the lineage any more")]
     Superseded,
+    #[error("the job is {}, and goes on from what it has stored; cancel it first, or wait for its end", state_name(*.0))]
+    JobNotFinished(JobState),
     #[error("the job is {} already", state_name(*.0))]
     JobFinished(JobState),
+    #[error("that cannot be asked of a job that is {}", state_name(*.0))]
+    WrongJobState(JobState),
+    #[error(
+        "the checkpoint came from outside: there is no job whose spec could be changed; submit a whole spec that names it as init_checkpoint"
+    )]
+    NoJobToFork,
     #[error("the body is larger than the {limit_bytes} bytes that are taken")]
     TooLarge { limit_bytes: i64 },
     #[error("the Content-Type must be {0}")]
@@ -107,9 +119,14 @@ impl ApiError {
             Self::NoContent => (StatusCode::CONFLICT, "no_content"),
             Self::DatasetNotReady(_) => (StatusCode::CONFLICT, "dataset_not_ready"),
             Self::InUse(_) => (StatusCode::CONFLICT, "in_use"),
+            Self::Needed(_) => (StatusCode::CONFLICT, "in_use"),
+            Self::Deleted(_) => (StatusCode::GONE, "deleted"),
+            Self::JobNotFinished(_) => (StatusCode::CONFLICT, "job_not_finished"),
             Self::Busy => (StatusCode::CONFLICT, "busy"),
             Self::Superseded => (StatusCode::CONFLICT, "superseded"),
             Self::JobFinished(_) => (StatusCode::CONFLICT, "job_finished"),
+            Self::WrongJobState(_) => (StatusCode::CONFLICT, "wrong_job_state"),
+            Self::NoJobToFork => (StatusCode::CONFLICT, "no_job_to_fork"),
             Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "too_large"),
             Self::UnsupportedMediaType(_) => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
             Self::RangeNotSatisfiable { .. } => (StatusCode::RANGE_NOT_SATISFIABLE, "range_not_satisfiable"),
@@ -210,6 +227,16 @@ pub async fn write_problems(request: Request, next: Next) -> Response {
     // A struct of strings always serialises.
     *response.body_mut() = Body::from(serde_json::to_vec(&problem).unwrap_or_default());
     response
+}
+
+/// A lineage may have very many descendants.
+fn listed(blockers: &[Blocker]) -> String {
+    const MAX_LISTED: usize = 20;
+    let mut listed: Vec<_> = blockers.iter().take(MAX_LISTED).map(Blocker::to_string).collect();
+    if blockers.len() > MAX_LISTED {
+        listed.push(format!("and {} more", blockers.len() - MAX_LISTED));
+    }
+    listed.join("; ")
 }
 
 fn state_name(state: JobState) -> &'static str {

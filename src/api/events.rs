@@ -35,6 +35,8 @@ use crate::{
     domain::{ids::JobId, job::EventType},
 };
 
+/// How often a stream or a long poll looks for events that nobody told it of.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Events that are read from the database at once.
 const BATCH: i64 = 200;
 const MAX_WAIT_S: i64 = 30;
@@ -125,7 +127,7 @@ pub async fn list_job_events(
             return Ok(Json(JobEventPage { data: rows.into_iter().map(JobEvent::from).collect(), next_cursor }));
         }
         tokio::select! {
-            () = changes.wait(&id) => {}
+            () = changes.wait(id.as_str(), LOOK_EVERY) => {}
             () = tokio::time::sleep_until(give_up) => {}
             () = state.shutdown.wait() => {}
         }
@@ -192,7 +194,7 @@ fn follow(
                 yield Ok(Event::default().event("end").data(json!({"state": job.state}).to_string()));
                 break;
             }
-            if state.shutdown.run_until(changes.wait(&id)).await.is_none() {
+            if state.shutdown.run_until(changes.wait(id.as_str(), LOOK_EVERY)).await.is_none() {
                 break;
             }
         }

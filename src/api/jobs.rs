@@ -1,4 +1,4 @@
-//! Training jobs: submitted, looked at, cancelled.
+//! Training jobs: submitted and looked at.
 
 use axum::{
     Json,
@@ -10,6 +10,7 @@ use axum::{
 use chrono::{DateTime, Utc};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use sqlx::PgConnection;
 use utoipa::{IntoParams, ToSchema};
 
@@ -19,12 +20,12 @@ use super::{
     error::{ApiError, ApiResult},
     extract::{JsonBody, Path, Query},
     page::{Cursor, Limit},
-    responses::{BodyErrors, CallerErrors, ConflictError, NotFoundError, QueryErrors},
+    responses::{BodyErrors, CallerErrors, NotFoundError, QueryErrors},
 };
 use crate::{
     db::{
         imports,
-        jobs::{self, Cancellation, JobRow},
+        jobs::{self, JobRow},
         tokenizations, workers,
     },
     domain::{
@@ -56,8 +57,15 @@ pub struct Job {
     warnings: Vec<String>,
     failure: Option<Failure>,
     progress: JobProgress,
+    /// Bytes of everything that it has in the store: bases, restarts, checkpoints and states.
+    stored_bytes: i64,
     /// How often the job was taken up.
     lease_epoch: i64,
+    /// Whether the result is to the bit that of a run without interruption; false once an attempt went on where the same
+    /// work gives other bits.
+    exact: bool,
+    /// Of a queued job, when it may start: later than now where an attempt has just failed.
+    eligible_at: Option<DateTime<Utc>>,
     created_at: DateTime<Utc>,
     started_at: Option<DateTime<Utc>>,
     finished_at: Option<DateTime<Utc>>,
@@ -137,7 +145,10 @@ impl From<JobRow> for Job {
             choices: row.choices.map(|choices| choices.0),
             warnings: row.warnings,
             failure: row.failure.map(|failure| failure.0),
+            stored_bytes: row.stored_bytes,
             lease_epoch: row.lease_epoch,
+            exact: row.is_exact,
+            eligible_at: (row.state == JobState::Queued).then_some(row.eligible_at),
             created_at: row.created_at,
             started_at: row.started_at,
             finished_at: row.finished_at,
@@ -156,7 +167,13 @@ pub async fn create_job(
     State(state): State<AppState>,
     body: JsonBody,
 ) -> ApiResult<(StatusCode, Json<Job>)> {
-    let (mut request, mut problems) = TrainSpecRequest::parse(body.0);
+    let job = submit(&state, &caller, body.0).await?;
+    Ok((StatusCode::CREATED, Json(job)))
+}
+
+/// Checks a spec and queues a job with it.
+pub(super) async fn submit(state: &AppState, caller: &Caller, spec: Value) -> ApiResult<Job> {
+    let (mut request, mut problems) = TrainSpecRequest::parse(spec);
     let mut tx = state.pool.begin().await?;
     let facts = find_facts(&mut tx, &caller.project, &request, &mut problems).await?;
     let init = find_init(&mut tx, &caller.project, &request, &mut problems).await?;
@@ -183,7 +200,7 @@ pub async fn create_job(
     let id = jobs::create(&mut tx, &caller.project, &spec, &warnings).await?;
     tx.commit().await?;
     tracing::info!(job.id = %id, project.id = %caller.project, "job queued");
-    Ok((StatusCode::CREATED, Json(find(&state, &caller, &id).await?.into())))
+    Ok(find(state, caller, &id).await?.into())
 }
 
 /// What is known of the data that a spec names. Data that does not exist is one of the spec's problems.
@@ -270,28 +287,6 @@ pub async fn list_jobs(
     responses((status = 200, description = "The job", body = Job), CallerErrors, NotFoundError))]
 pub async fn find_job(caller: Caller, State(state): State<AppState>, Path(id): Path<JobId>) -> ApiResult<Json<Job>> {
     Ok(Json(find(&state, &caller, &id).await?.into()))
-}
-
-/// Cancel a job
-///
-/// A queued job is cancelled at once; a running one as soon as its worker has heard of it. What it
-/// has stored stays. Cancelling a job twice is no mistake.
-#[utoipa::path(post, path = "/v1/jobs/{job_id}/cancel", tag = "jobs", params(("job_id" = String, Path)),
-    responses((status = 202, description = "The job, cancelled or cancelling", body = Job),
-        CallerErrors, NotFoundError, ConflictError))]
-pub async fn cancel_job(
-    caller: Caller,
-    State(state): State<AppState>,
-    Path(id): Path<JobId>,
-) -> ApiResult<(StatusCode, Json<Job>)> {
-    match jobs::cancel(&state.pool, &caller.project, &id).await? {
-        Cancellation::Accepted => {
-            tracing::info!(job.id = %id, "cancellation asked for");
-            Ok((StatusCode::ACCEPTED, Json(find(&state, &caller, &id).await?.into())))
-        }
-        Cancellation::NotFound => Err(ApiError::NotFound("job")),
-        Cancellation::Finished(state) => Err(ApiError::JobFinished(state)),
-    }
 }
 
 /// Read a job's logs

@@ -49,11 +49,15 @@ pub struct Node {
     lease_epoch: Option<i64>,
     /// A later attempt went on from an earlier state: it is no part of the lineage any more.
     superseded: bool,
+    /// It is not deleted until it is unpinned.
+    pinned: bool,
     /// A checkpoint that was rebuilt from a restart, its parent, when somebody asked for it.
     materialized: bool,
     /// Of a restart: the Frobenius norm of the update that it merged, by kind of matrix.
     update_norms: Option<BTreeMap<Linear, f64>>,
     created_at: DateTime<Utc>,
+    /// Since then it has no files, and lists leave it out; null for a node that is there.
+    deleted_at: Option<DateTime<Utc>>,
     /// Of all files together.
     size_bytes: i64,
     files: Vec<NodeFile>,
@@ -146,6 +150,9 @@ pub struct FileRequest {
 pub async fn download(state: &AppState, caller: &Caller, request: FileRequest) -> ApiResult<Response> {
     let node = lineage::find(&state.pool, &caller.project, request.kind, &request.node).await?;
     let node = node.ok_or(ApiError::NotFound(name(request.kind)))?;
+    if node.deleted_at.is_some() {
+        return Err(ApiError::Deleted(name(request.kind)));
+    }
     let files = lineage::list_files(&state.pool, &caller.project, &[node.id.to_string()]).await?;
     let file = files.into_iter().find(|file| file.name == request.name).ok_or(ApiError::NotFound("file"))?;
 
@@ -192,6 +199,8 @@ fn response(row: NodeRow, files: &[NodeFileRow]) -> Node {
         restart: row.restart,
         lease_epoch: row.lease_epoch,
         superseded: row.superseded,
+        pinned: row.pinned,
+        deleted_at: row.deleted_at,
         materialized: row.materialized,
         update_norms: row.update_norms.map(|norms| norms.0),
         created_at: row.created_at,

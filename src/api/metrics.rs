@@ -32,6 +32,8 @@ pub enum MetricName {
     /// Share of the moments of the factors that a reset left at zero.
     OptimizerClearedFrac,
     CheckpointStallMs,
+    /// From a node's last byte on the worker's disk to its commit; of several nodes after one step, the first.
+    CheckpointLagS,
 }
 
 impl MetricName {
@@ -46,6 +48,7 @@ impl MetricName {
             Self::UpdateNorm => "update_norm",
             Self::OptimizerClearedFrac => "optimizer_cleared_frac",
             Self::CheckpointStallMs => "checkpoint_stall_ms",
+            Self::CheckpointLagS => "checkpoint_lag_s",
         }
     }
 }

@@ -8,13 +8,16 @@ mod body;
 mod checkpoints;
 mod content;
 mod datasets;
+mod deletion;
 mod document;
 mod download;
 mod error;
 mod events;
 mod extract;
+mod forks;
 mod health;
 mod imports;
+mod job_commands;
 mod jobs;
 mod lineage;
 mod lineage_tasks;
@@ -25,6 +28,7 @@ mod restarts;
 mod router;
 mod tokenizations;
 mod upload;
+mod usage;
 
 use std::time::Duration;
 
@@ -35,7 +39,7 @@ use tokio::net::TcpListener;
 pub use router::{openapi, router};
 
 use crate::{
-    db::changes::Changes,
+    db::changes::{Changes, JOB_CHANGED},
     shutdown::Shutdown,
     storage::{Key, Store},
 };
@@ -60,7 +64,7 @@ pub struct AppState {
 impl AppState {
     /// Also begins to listen for changes of jobs, on a connection of its own, until `shutdown`.
     pub fn new(pool: PgPool, store: Store, shutdown: Shutdown, limits: Limits) -> Self {
-        let changes = Changes::listen(pool.clone(), shutdown.clone());
+        let changes = Changes::listen(pool.clone(), JOB_CHANGED, shutdown.clone());
         Self { pool, store, changes, shutdown, limits }
     }
 

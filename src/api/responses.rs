@@ -76,6 +76,12 @@ problem_responses! {
 }
 
 problem_responses! {
+    GoneError {
+        "410" => "It was deleted",
+    }
+}
+
+problem_responses! {
     RangeError {
         "416" => "The range lies outside of the file",
     }

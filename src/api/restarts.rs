@@ -13,7 +13,7 @@ use super::{
     error::ApiResult,
     extract::{Path, Query},
     lineage::{self, DownloadQuery, FileRequest, ListNodesQuery, Node, NodeFilePage, NodePage},
-    responses::{CallerErrors, NotFoundError, QueryErrors, RangeError},
+    responses::{CallerErrors, GoneError, NotFoundError, QueryErrors, RangeError},
 };
 use crate::domain::{ids::NodeId, lineage::NodeKind};
 
@@ -59,7 +59,7 @@ pub async fn list_restart_files(
         (status = 206, description = "The range that was asked for", content_type = "application/octet-stream", body = Vec<u8>),
         (status = 304, description = "The client has it already"),
         (status = 307, description = "The file is at this URL for a while"),
-        CallerErrors, NotFoundError, QueryErrors, RangeError))]
+        CallerErrors, NotFoundError, GoneError, QueryErrors, RangeError))]
 pub async fn download_restart_file(
     caller: Caller,
     State(state): State<AppState>,

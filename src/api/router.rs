@@ -18,10 +18,11 @@ use utoipa::{OpenApi as _, openapi::OpenApi};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use super::{
-    AppState, bases, checkpoints, datasets,
+    AppState, bases, checkpoints, datasets, deletion,
     document::{self, Document},
     error::{ApiError, write_problems},
-    events, extract, health, imports, jobs, lineage_tasks, metrics, restarts, tokenizations,
+    events, extract, forks, health, imports, job_commands, jobs, lineage_tasks, metrics, restarts, tokenizations,
+    usage,
 };
 
 fn routes() -> OpenApiRouter<AppState> {
@@ -36,8 +37,12 @@ fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(tokenizations::find_tokenization, tokenizations::delete_tokenization))
         .routes(routes!(jobs::create_job, jobs::list_jobs))
         .routes(routes!(jobs::find_job))
-        .routes(routes!(jobs::cancel_job))
+        .routes(routes!(job_commands::cancel_job))
+        .routes(routes!(job_commands::pause_job))
+        .routes(routes!(job_commands::resume_job))
+        .routes(routes!(job_commands::retry_job))
         .routes(routes!(jobs::find_job_logs))
+        .routes(routes!(deletion::delete_job_lineage))
         .routes(routes!(events::list_job_events))
         .routes(routes!(events::stream_job_events))
         .routes(routes!(metrics::list_job_metrics))
@@ -54,9 +59,13 @@ fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(lineage_tasks::list_lineage_tasks))
         .routes(routes!(lineage_tasks::find_lineage_task))
         .routes(routes!(checkpoints::list_checkpoints, imports::import_checkpoint))
-        .routes(routes!(checkpoints::find_checkpoint))
+        .routes(routes!(checkpoints::find_checkpoint, checkpoints::delete_checkpoint))
+        .routes(routes!(checkpoints::pin_checkpoint, checkpoints::unpin_checkpoint))
+        .routes(routes!(deletion::delete_checkpoints))
         .routes(routes!(checkpoints::list_checkpoint_files))
+        .routes(routes!(forks::fork_checkpoint))
         .routes(routes!(checkpoints::download_checkpoint_file))
+        .routes(routes!(usage::find_usage))
 }
 
 /// The OpenAPI document.

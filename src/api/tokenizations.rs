@@ -135,6 +135,10 @@ pub async fn create_tokenization(
             let problem = Problem::new("/dataset", format!("there is no dataset {dataset}"));
             return Err(ApiError::InvalidBody(vec![problem]));
         }
+        Creation::CheckpointDeleted => {
+            let problem = Problem::new("/tokenizer_checkpoint", "was deleted");
+            return Err(ApiError::InvalidBody(vec![problem]));
+        }
         Creation::DatasetNotReady(state) => return Err(ApiError::DatasetNotReady(state_name(state))),
     };
     tracing::info!(tokenization.id = %id, dataset.id = %dataset, "tokenization queued");

@@ -18,7 +18,7 @@ use reqwest::{
 use tokio_util::io::ReaderStream;
 
 use super::{
-    Outcome,
+    Outcome, deletion,
     http::{Http, parse},
     node, print,
     upload::{PIECE_BYTES, progress_bar},
@@ -37,6 +37,17 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Delete checkpoints: those that are named, or all to which every given option applies.
+    Delete(deletion::Selection),
+    /// Keep checkpoints, whatever the policy of their job says, until they are unpinned.
+    Pin {
+        #[arg(required = true)]
+        ids: Vec<String>,
+    },
+    Unpin {
+        #[arg(required = true)]
+        ids: Vec<String>,
+    },
     #[command(flatten)]
     Node(node::Command),
 }
@@ -44,9 +55,21 @@ pub enum Command {
 pub async fn run(http: &Http, command: Command) -> anyhow::Result<Outcome> {
     match command {
         Command::Import { folder, name, json } => import(http, &folder, name, json).await?,
+        Command::Delete(selection) => deletion::of_checkpoints(http, selection).await?,
+        Command::Pin { ids } => set_pinned(http, &ids, Method::PUT).await?,
+        Command::Unpin { ids } => set_pinned(http, &ids, Method::DELETE).await?,
         Command::Node(command) => return node::run(http, "checkpoints", command).await,
     }
     Ok(Outcome::Done)
+}
+
+/// The method says whether the pin is put or taken out.
+async fn set_pinned(http: &Http, ids: &[String], method: Method) -> anyhow::Result<()> {
+    for id in ids {
+        let request = http.request(method.clone(), &["v1", "checkpoints", id, "pin"]);
+        print::line(&node::describe(&parse(http.send_for_json(request).await?)?))?;
+    }
+    Ok(())
 }
 
 /// A file of the checkpoint.

@@ -32,7 +32,7 @@ pub enum Command {
     Tokenize {
         id: String,
         #[command(flatten)]
-        options: Tokenize,
+        options: TokenizeOptions,
         #[arg(long)]
         json: bool,
     },
@@ -57,7 +57,7 @@ pub struct Create {
     #[arg(long)]
     name: Option<String>,
     #[command(flatten)]
-    tokenize: Tokenize,
+    tokenize: TokenizeOptions,
     /// Upload only.
     #[arg(long)]
     no_tokenize: bool,
@@ -72,7 +72,7 @@ pub struct Create {
 }
 
 #[derive(Debug, clap::Args)]
-pub struct Tokenize {
+pub struct TokenizeOptions {
     /// The checkpoint whose tokenizer is used; by default one is learned from the text.
     #[arg(long, value_name = "CHECKPOINT", conflicts_with = "vocab_size")]
     tokenizer: Option<String>,
@@ -126,7 +126,7 @@ async fn create(http: &Http, options: Create) -> anyhow::Result<()> {
 }
 
 /// The tokenization as the server has it once it is ready; told to the user unless that is left to the caller.
-async fn tokenize(http: &Http, dataset_id: &str, options: &Tokenize, is_quiet: bool) -> anyhow::Result<Value> {
+async fn tokenize(http: &Http, dataset_id: &str, options: &TokenizeOptions, is_quiet: bool) -> anyhow::Result<Value> {
     // An absent field and null are one to the server.
     let request = json!({
         "dataset": dataset_id,

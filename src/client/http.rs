@@ -144,6 +144,11 @@ impl Http {
         self.send_for_json(self.request(Method::POST, segments).json(body)).await
     }
 
+    /// A POST without a body.
+    pub async fn command(&self, segments: &[&str], query: &[(&str, &str)]) -> Result<Value, HttpError> {
+        self.send_for_json(self.request(Method::POST, segments).query(query)).await
+    }
+
     pub async fn delete(&self, segments: &[&str]) -> Result<(), HttpError> {
         self.send(self.request(Method::DELETE, segments)).await.map(drop)
     }

@@ -1,14 +1,14 @@
-//! `relora job …`: submit, look at, watch and cancel training jobs.
+//! `relora job …`: submit, look at, watch and steer training jobs.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, ensure};
 use clap::Subcommand;
 use futures_util::StreamExt as _;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{
-    Outcome,
+    Outcome, deletion,
     http::{Http, parse},
     print,
     resources::{Job, Metric},
@@ -42,8 +42,51 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// End a job; what it has trained is kept as a checkpoint.
     Cancel {
         id: String,
+        /// End it at once, without that checkpoint.
+        #[arg(long)]
+        force: bool,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Save a job's state and free its worker.
+    Pause {
+        id: String,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Queue a paused job again.
+    Resume {
+        id: String,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Queue a job again that failed or was cancelled, to go on from its last state.
+    Retry {
+        id: String,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Submit a job that begins with a checkpoint, with the spec of the job that made it.
+    Fork {
+        /// The checkpoint, node_….
+        checkpoint: String,
+        /// A JSON file with what is to be different.
+        changes: Option<PathBuf>,
+        /// Stay and show the job until it is over.
+        #[arg(long)]
+        watch: bool,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Delete the bases, restarts and states of a job that is over. Its checkpoints stay.
+    DeleteLineage {
+        id: String,
+        /// Only say what it would come to.
+        #[arg(long)]
+        dry_run: bool,
         #[arg(long)]
         json: bool,
     },
@@ -66,12 +109,23 @@ pub enum Command {
 pub async fn run(http: &Http, command: Command) -> anyhow::Result<Outcome> {
     match command {
         Command::Submit { spec, dataset, watch, json } => {
-            return submit(http, read_spec(&spec, dataset)?, watch, json).await;
+            return submit(http, &["v1", "jobs"], read_spec(&spec, dataset)?, watch, json).await;
         }
         Command::Watch { id } => return watch_until_over(http, &id).await,
         Command::List { state, json } => list(http, state.as_deref(), json).await?,
         Command::Show { id, json } => show(http.get(&["v1", "jobs", &id]).await?, json)?,
-        Command::Cancel { id, json } => show(http.post(&["v1", "jobs", &id, "cancel"], &Value::Null).await?, json)?,
+        Command::Fork { checkpoint, changes, watch, json } => {
+            let changes = changes.map_or(Ok(Value::Object(Map::new())), |path| read_spec(&path, None))?;
+            return submit(http, &["v1", "checkpoints", &checkpoint, "fork"], changes, watch, json).await;
+        }
+        Command::Cancel { id, force, json } => {
+            let query: &[_] = if force { &[("force", "true")] } else { &[] };
+            show(http.command(&["v1", "jobs", &id, "cancel"], query).await?, json)?;
+        }
+        Command::Pause { id, json } => show(http.command(&["v1", "jobs", &id, "pause"], &[]).await?, json)?,
+        Command::Resume { id, json } => show(http.command(&["v1", "jobs", &id, "resume"], &[]).await?, json)?,
+        Command::Retry { id, json } => show(http.command(&["v1", "jobs", &id, "retry"], &[]).await?, json)?,
+        Command::DeleteLineage { id, dry_run, json } => deletion::of_lineage(http, &id, dry_run, json).await?,
         Command::Logs { id } => logs(http, &id).await?,
         Command::Metrics { id, name, json } => metrics(http, &id, name.as_deref(), json).await?,
     }
@@ -89,8 +143,8 @@ fn read_spec(path: &Path, dataset: Option<String>) -> anyhow::Result<Value> {
     Ok(spec)
 }
 
-async fn submit(http: &Http, spec: Value, watch: bool, json: bool) -> anyhow::Result<Outcome> {
-    let answer = http.post(&["v1", "jobs"], &spec).await?;
+async fn submit(http: &Http, path: &[&str], spec: Value, watch: bool, json: bool) -> anyhow::Result<Outcome> {
+    let answer = http.post(path, &spec).await?;
     let job: Job = parse(answer.clone())?;
     for warning in &job.warnings {
         eprintln!("warning: {warning}");
@@ -133,10 +187,11 @@ async fn list(http: &Http, state: Option<&str>, json: bool) -> anyhow::Result<()
             word(job.state),
             print::or_dash(progress.map(|progress| format!("{}/{}", progress.step, progress.num_steps))),
             print::or_dash(progress.and_then(|progress| progress.loss).map(|loss| format!("{loss:.4}"))),
+            print::or_dash(job.stored_bytes.map(print::size)),
             job.created_at.format("%Y-%m-%d %H:%M:%S").to_string(),
         ]);
     }
-    Ok(print::table(["id", "name", "state", "step", "loss", "created (UTC)"], &rows)?)
+    Ok(print::table(["id", "name", "state", "step", "loss", "stored", "created (UTC)"], &rows)?)
 }
 
 fn show(answer: Value, json: bool) -> anyhow::Result<()> {
@@ -174,6 +229,9 @@ fn describe(job: &Job) -> String {
     }
     if let Some(progress) = &job.progress {
         lines.push(format!("  step {}/{}  {}", progress.step, progress.num_steps, watch::describe(progress)));
+    }
+    if let Some(bytes) = job.stored_bytes.filter(|&bytes| bytes > 0) {
+        lines.push(format!("  stored: {}", print::size(bytes)));
     }
     if let (Some(from), Some(to)) = (job.started_at, job.finished_at) {
         lines.push(format!("  took {}", print::duration((to - from).as_seconds_f64())));

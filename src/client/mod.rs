@@ -6,7 +6,9 @@ pub mod dataset;
 pub mod job;
 pub mod node;
 pub mod restart;
+pub mod usage;
 
+mod deletion;
 mod download;
 mod folder;
 mod http;

@@ -69,7 +69,7 @@ fn list(items: Vec<Value>, json: bool) -> anyhow::Result<()> {
             node.step.to_string(),
             node.restart.to_string(),
             print::size(node.size_bytes),
-            if node.superseded { "superseded".into() } else { String::new() },
+            marks(&node),
             node.created_at.format("%Y-%m-%d %H:%M:%S").to_string(),
         ]);
     }
@@ -87,6 +87,12 @@ fn show(answer: Value, json: bool) -> anyhow::Result<()> {
     Ok(print::table(["file", "size", "sha256"], &rows)?)
 }
 
+/// What sets a node apart from others, if anything does.
+fn marks(node: &Node) -> String {
+    let marks = [(node.pinned, "pinned"), (node.superseded, "superseded"), (node.deleted_at.is_some(), "deleted")];
+    marks.into_iter().filter(|(is_so, _)| *is_so).map(|(_, mark)| mark).collect::<Vec<_>>().join(", ")
+}
+
 /// The job that made a node, or what was imported.
 fn origin(node: &Node) -> String {
     match (&node.job, &node.name) {
@@ -98,7 +104,8 @@ fn origin(node: &Node) -> String {
 
 pub fn describe(node: &Node) -> String {
     let (step, restart) = (node.step, node.restart);
-    format!("{}  {}  step {step}  restart {restart}  {}", node.id, origin(node), print::size(node.size_bytes))
+    let (size, marks) = (print::size(node.size_bytes), marks(node));
+    format!("{}  {}  step {step}  restart {restart}  {size}  {marks}", node.id, origin(node)).trim_end().to_owned()
 }
 
 async fn download(http: &Http, collection: &str, id: &str, out: &Path) -> anyhow::Result<()> {

@@ -67,6 +67,7 @@ pub struct Job {
     pub warnings: Vec<String>,
     pub failure: Option<Failure>,
     pub progress: Option<Progress>,
+    pub stored_bytes: Option<u64>,
     pub created_at: DateTime<Utc>,
     pub started_at: Option<DateTime<Utc>>,
     pub finished_at: Option<DateTime<Utc>>,
@@ -149,6 +150,9 @@ pub struct Node {
     pub restart: i64,
     #[serde(default)]
     pub superseded: bool,
+    #[serde(default)]
+    pub pinned: bool,
+    pub deleted_at: Option<DateTime<Utc>>,
     pub size_bytes: u64,
     #[serde(default)]
     pub files: Vec<NodeFile>,
@@ -160,4 +164,32 @@ pub struct NodeFile {
     pub name: String,
     pub size_bytes: u64,
     pub sha256: String,
+}
+
+/// What was deleted, and what was not.
+#[derive(Debug, Deserialize)]
+pub struct Deletion {
+    pub dry_run: bool,
+    pub num_deleted: u64,
+    pub freed_bytes: u64,
+    pub deleted: Vec<NodeId>,
+    pub refused: Vec<DeletionRefusal>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct DeletionRefusal {
+    pub message: String,
+}
+
+/// Bytes in the store, by what they hold.
+#[derive(Debug, Deserialize)]
+pub struct Usage {
+    pub total_bytes: u64,
+    pub datasets_bytes: u64,
+    pub tokenizations_bytes: u64,
+    pub bases_bytes: u64,
+    pub restarts_bytes: u64,
+    pub checkpoints_bytes: u64,
+    pub states_bytes: u64,
+    pub logs_bytes: u64,
 }

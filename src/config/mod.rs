@@ -142,6 +142,15 @@ pub struct AgentConfig {
     pub lease_s: u64,
     /// `RELORA_STOP_GRACE_S`: how long a stop waits for running work to save its state. Default 30.
     pub stop_grace_s: u64,
+    /// `RELORA_MAX_OUTAGE_S`: how long work is kept, held in memory, while the database does not answer. Default 86400.
+    pub max_outage_s: u64,
+    /// `CUDA_VISIBLE_DEVICES`: the GPUs to use, in the driver's own terms. Default: all.
+    pub visible_gpus: Option<String>,
+    /// `RELORA_MAX_LOCAL_BYTES`: what may wait on the disk for the store before training is held.
+    /// Default: half of what is free when an attempt begins.
+    pub max_local_bytes: Option<u64>,
+    /// `RELORA_CHECKPOINT_LAG_S`: a job's log tells of what has waited for the store for longer. Default 60.
+    pub checkpoint_lag_s: u64,
 }
 
 /// How to log.
@@ -300,6 +309,21 @@ impl DatabaseConfig {
 }
 
 impl StoreConfig {
+    /// The settings of this process.
+    pub fn from_env() -> Result<Self, ConfigError> {
+        let machine = Machine::this();
+        let mut reader = Reader::new(&reader::process_variable, &machine);
+        match Self::read_part(&mut reader) {
+            Some(config) => reader.finish(config),
+            None => {
+                let needed =
+                    "the store's bucket, or S3_ENDPOINT its URL; the embedded store needs neither, nor a check";
+                reader.missing("S3_BUCKET", needed);
+                Err(reader.into_error())
+            }
+        }
+    }
+
     fn read_part(reader: &mut Reader<'_>) -> Option<Self> {
         let url = "a URL with http:// or https:// and without a path";
         let endpoint_url = reader.optional("S3_ENDPOINT", url, endpoint);
@@ -348,6 +372,20 @@ impl AgentConfig {
                 "a number of seconds from 0 to 3600",
                 30,
                 seconds(0..=3600),
+            ),
+            max_outage_s: reader.value(
+                "RELORA_MAX_OUTAGE_S",
+                "a number of seconds from 1 to 31536000",
+                86_400,
+                seconds(1..=31_536_000),
+            ),
+            visible_gpus: reader.text("CUDA_VISIBLE_DEVICES"),
+            max_local_bytes: reader.optional("RELORA_MAX_LOCAL_BYTES", "a number of bytes", str::parse),
+            checkpoint_lag_s: reader.value(
+                "RELORA_CHECKPOINT_LAG_S",
+                "a number of seconds from 1 to 86400",
+                60,
+                seconds(1..=86_400),
             ),
         }
     }

@@ -75,6 +75,7 @@ fn defaults_that_the_sample_file_shows_are_the_defaults() {
         ("RELORA_WORK_DIR", agent.work_dir.display().to_string()),
         ("RELORA_LEASE_S", agent.lease_s.to_string()),
         ("RELORA_STOP_GRACE_S", agent.stop_grace_s.to_string()),
+        ("RELORA_CHECKPOINT_LAG_S", agent.checkpoint_lag_s.to_string()),
         ("RELORA_LOG", config.log.filter.clone()),
     ];
     for (name, value) in shown {

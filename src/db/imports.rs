@@ -39,7 +39,8 @@ pub async fn create(pool: &PgPool, project: &ProjectId, import: &NewImport) -> s
     tx.commit().await
 }
 
-/// What a job or a tokenization that names this checkpoint or base has to know. One that was superseded is none.
+/// What a job or a tokenization that names this checkpoint or base has to know. One that was superseded or deleted is
+/// none. Until the transaction ends it cannot be deleted.
 pub async fn find_facts(
     connection: &mut PgConnection,
     project: &ProjectId,
@@ -53,6 +54,8 @@ pub async fn find_facts(
         left join jobs j on j.id = n.job_id
         left join node_files f on f.node_id = n.id and f.name = $3
         where n.project_id = $1 and n.id = $2 and n.kind in ('base', 'checkpoint') and not n.superseded
+            and n.deleted_at is null
+        for key share of n
         "#,
         project.as_str(),
         id.as_str(),

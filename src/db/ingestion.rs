@@ -5,7 +5,7 @@ use sqlx::{PgConnection, PgPool};
 
 use super::{
     events::{self, NewEvent},
-    leases::{self, Lease, Outcome, WriteError},
+    leases::{self, Lease, Next, Outcome, WriteError},
     nodes::StoredFile,
 };
 use crate::domain::{
@@ -68,7 +68,7 @@ pub async fn complete(
     files: &[StoredFile],
 ) -> Result<(), WriteError> {
     let mut tx = pool.begin().await?;
-    leases::end_attempt(&mut tx, lease, Outcome::Succeeded, None).await?;
+    leases::end_attempt(&mut tx, lease, Outcome::Succeeded, Next::Done).await?;
     sqlx::query!(
         r#"
         -- db::ingestion::complete
@@ -145,7 +145,7 @@ pub(super) async fn settle(
     if failure.retryable && failures <= leases::MAX_INFRA_FAILURES {
         return requeue(connection, lease, tokenization, outcome, failures as f64).await;
     }
-    leases::end_attempt(connection, lease, outcome, None).await?;
+    leases::end_attempt(connection, lease, outcome, Next::Done).await?;
     sqlx::query!(
         "-- db::ingestion::settle\nupdate tokenizations set state = 'failed', failure = $2 where id = $1",
         tokenization.as_str(),
@@ -170,9 +170,9 @@ async fn requeue(
     lease: &Lease,
     tokenization: &TokenizationId,
     outcome: Outcome,
-    requeue_after_s: f64,
+    delay_s: f64,
 ) -> Result<(), WriteError> {
-    leases::end_attempt(connection, lease, outcome, Some(requeue_after_s)).await?;
+    leases::end_attempt(connection, lease, outcome, Next::QueuedAfter { delay_s }).await?;
     sqlx::query!(
         "-- db::ingestion::requeue\nupdate tokenizations set state = 'queued' where id = $1",
         tokenization.as_str(),
@@ -199,7 +199,7 @@ async fn fail_waiting_jobs(
             join jobs j on j.work_item_id = w.id
             where j.tokenization_id = $1 and j.state = 'queued'
             order by w.id
-            for update of w
+            for no key update of w
         ), failed as (
             update jobs set state = 'failed', failure = $2, finished_at = now()
             where work_item_id in (select id from waiting) and state = 'queued'

@@ -1,4 +1,4 @@
-//! Jobs as their owners see them: submitted, looked at, cancelled.
+//! Jobs as their owners see them: submitted and looked at.
 
 use chrono::{DateTime, Utc};
 use serde_json::json;
@@ -26,6 +26,8 @@ pub struct JobRow {
     pub warnings: Vec<String>,
     pub failure: Option<Json<Failure>>,
     pub lease_epoch: i64,
+    pub is_exact: bool,
+    pub eligible_at: DateTime<Utc>,
     pub last_event_seq: i64,
     pub created_at: DateTime<Utc>,
     pub started_at: Option<DateTime<Utc>>,
@@ -36,6 +38,7 @@ pub struct JobRow {
     pub tokens_per_s: Option<f64>,
     pub num_tokens: Option<i64>,
     pub num_restarts: Option<i64>,
+    pub stored_bytes: i64,
 }
 
 /// Queues a job and returns its identifier. Commits nothing: the caller's transaction holds the data
@@ -107,14 +110,17 @@ async fn select(
         r#"
         -- db::jobs::select
         select j.id as "id: JobId", j.name, j.state as "state: JobState", j.spec as "spec: Json<TrainSpec>",
-            j.choices as "choices: Json<Choices>", j.warnings, j.failure as "failure: Json<Failure>", w.lease_epoch, j.last_event_seq,
+            j.choices as "choices: Json<Choices>", j.warnings, j.failure as "failure: Json<Failure>", w.lease_epoch, w.eligible_at,
+            j.is_exact, j.last_event_seq,
             j.created_at, j.started_at, j.finished_at,
             case
+                when j.state = 'paused' then 'paused'
                 when j.state <> 'queued' then null
                 when t.state <> 'ready' then 'dataset_not_ready'
                 when w.eligible_at > now() then 'backoff'
                 when not exists (
-                    select 1 from workers where last_seen_at > now() - make_interval(secs => $6)
+                    select 1 from workers
+                    where last_seen_at > now() - make_interval(secs => $6) and not is_draining
                 ) then 'no_worker'
                 else 'no_fitting_slot'
             end as "wait_reason: WaitReason",
@@ -125,7 +131,16 @@ async fn select(
                     and (-before.priority, before.created_at, before.id) < (-w.priority, w.created_at, w.id)
             ) end as queue_position,
             p.step as "step?", p.loss, p.learning_rate, p.tokens_per_s, p.num_tokens as "num_tokens?",
-            p.num_restarts as "num_restarts?"
+            p.num_restarts as "num_restarts?",
+            (
+                select coalesce(sum(o.size_bytes), 0)::bigint
+                from (
+                    select distinct on (f.object_key) f.size_bytes
+                    from nodes n
+                    join node_files f on f.node_id = n.id
+                    where n.job_id = j.id
+                ) o
+            ) as "stored_bytes!"
         from jobs j
         join work_items w on w.id = j.work_item_id
         join tokenizations t on t.id = j.tokenization_id
@@ -163,94 +178,6 @@ pub async fn dataset_exists(
     )
     .fetch_one(connection)
     .await
-}
-
-/// What came of a request to cancel.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Cancellation {
-    /// It is cancelled, or will be as soon as its worker has heard of it.
-    Accepted,
-    NotFound,
-    /// It ended before, in this state.
-    Finished(JobState),
-}
-
-/// Cancels a job: at once while nobody works on it, else through the heartbeat of its worker.
-pub async fn cancel(pool: &PgPool, project: &ProjectId, id: &JobId) -> sqlx::Result<Cancellation> {
-    let mut tx = pool.begin().await?;
-    // The work item comes first, as in every transaction that locks both: a claim starts there.
-    let work_item = sqlx::query_scalar!(
-        r#"
-        -- db::jobs::cancel: lock
-        select w.id
-        from work_items w
-        where w.id = (select work_item_id from jobs where project_id = $1 and id = $2)
-        for update
-        "#,
-        project.as_str(),
-        id.as_str(),
-    )
-    .fetch_optional(&mut *tx)
-    .await?;
-    let Some(work_item) = work_item else { return Ok(Cancellation::NotFound) };
-    let state = sqlx::query_scalar!(
-        r#"
-        -- db::jobs::cancel: state
-        select state as "state: JobState" from jobs where id = $1 for update
-        "#,
-        id.as_str(),
-    )
-    .fetch_one(&mut *tx)
-    .await?;
-
-    match state {
-        JobState::Queued | JobState::Paused => cancel_idle(&mut tx, id, &work_item).await?,
-        JobState::Starting | JobState::Running | JobState::Pausing => ask_to_cancel(&mut tx, id, &work_item).await?,
-        JobState::Cancelling | JobState::Cancelled => {}
-        JobState::Succeeded | JobState::Failed => return Ok(Cancellation::Finished(state)),
-    }
-    tx.commit().await?;
-    Ok(Cancellation::Accepted)
-}
-
-async fn cancel_idle(connection: &mut PgConnection, id: &JobId, work_item: &str) -> sqlx::Result<()> {
-    sqlx::query!(
-        r#"
-        -- db::jobs::cancel_idle
-        with done as (
-            update work_items set state = 'done' where id = $2
-        )
-        update jobs set state = 'cancelled', finished_at = now() where id = $1
-        "#,
-        id.as_str(),
-        work_item,
-    )
-    .execute(&mut *connection)
-    .await?;
-    let message = "cancelled while no worker was busy with it";
-    let event = NewEvent { kind: EventType::Cancelled, lease_epoch: None, message, data: json!({}) };
-    events::append(connection, id, event).await?;
-    Ok(())
-}
-
-async fn ask_to_cancel(connection: &mut PgConnection, id: &JobId, work_item: &str) -> sqlx::Result<()> {
-    sqlx::query!(
-        r#"
-        -- db::jobs::ask_to_cancel
-        with told as (
-            update work_items set desired = 'cancel' where id = $2
-        )
-        update jobs set state = 'cancelling' where id = $1
-        "#,
-        id.as_str(),
-        work_item,
-    )
-    .execute(&mut *connection)
-    .await?;
-    let message = "cancellation requested";
-    let event = NewEvent { kind: EventType::CancelRequested, lease_epoch: None, message, data: json!({}) };
-    events::append(connection, id, event).await?;
-    Ok(())
 }
 
 /// Where the logs of a job's attempts lie, in order.

@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 use sqlx::{PgConnection, PgPool};
 
+use super::workers::WORKER_ALIVE_S;
 use crate::domain::{
     contract,
     ids::{WorkItemId, WorkerId},
@@ -39,6 +40,18 @@ pub enum WorkKind {
     Materialize,
 }
 
+impl WorkKind {
+    /// As the database has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Train => "train",
+            Self::Ingest => "ingest",
+            Self::Verify => "verify",
+            Self::Materialize => "materialize",
+        }
+    }
+}
+
 /// What the holder of a lease is told to do with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, sqlx::Type)]
 #[serde(rename_all = "snake_case")]
@@ -47,7 +60,11 @@ pub enum Desired {
     Run,
     Save,
     Pause,
+    /// Leave a checkpoint, and end.
     Cancel,
+    /// End at once.
+    Kill,
+    /// Hand the work back.
     Drain,
 }
 
@@ -58,11 +75,27 @@ pub enum Outcome {
     Succeeded,
     Failed,
     Released,
+    Paused,
     Cancelled,
     LeaseExpired,
 }
 
-/// Takes the next item that fits, by priority and then age, and gives the worker a lease on it.
+/// What becomes of a work item when an attempt on it has ended.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Next {
+    Done,
+    /// Nobody takes it until it is queued again.
+    Paused,
+    QueuedAfter {
+        delay_s: f64,
+    },
+}
+
+/// For how long an item is left to workers that compute the same bits as the one that began it.
+const SAME_NUMERICS_FIRST_S: f64 = 5.0;
+
+/// Takes the next item that fits, by priority and then age, and gives the worker a lease on it. A worker that computes
+/// other bits than the one that began an item leaves it for a while to those that compute the same.
 pub async fn claim(
     connection: &mut PgConnection,
     worker: &WorkerId,
@@ -83,6 +116,7 @@ pub async fn claim(
                 and w.format_version <= $6
                 -- Every worker has a CPU; without one of its GPUs num_gpus means nothing.
                 and (w.device in ('auto', 'cpu') or (w.device = $3 and w.num_gpus <= $4))
+                and not exists (select 1 from workers me where me.id = $1 and me.is_draining)
                 and (
                     w.kind <> 'train'
                     or exists (
@@ -90,11 +124,21 @@ pub async fn claim(
                         from jobs j
                         join tokenizations t on t.id = j.tokenization_id
                         where j.work_item_id = w.id and t.state = 'ready'
+                            and (
+                                j.numerics is null
+                                or j.numerics @> (select coalesce(numerics, '{}') from workers where id = $1)
+                                or w.eligible_at < now() - make_interval(secs => $7)
+                                or not exists (
+                                    select 1 from workers other
+                                    where other.last_seen_at > now() - make_interval(secs => $8)
+                                        and not other.is_draining and j.numerics @> other.numerics
+                                )
+                            )
                     )
                 )
             order by w.priority desc, w.created_at, w.id
             limit 1
-            for update skip locked
+            for no key update skip locked
         ), taken as (
             update work_items w
             set state = 'leased', lease_epoch = w.lease_epoch + 1, desired = 'run'
@@ -116,10 +160,27 @@ pub async fn claim(
         num_gpus,
         lease_s,
         contract::FORMAT_VERSION,
+        SAME_NUMERICS_FIRST_S,
+        WORKER_ALIVE_S,
     )
     .fetch_optional(connection)
     .await?;
     Ok(row.map(|row| Lease { work_item: row.id, lease_epoch: row.lease_epoch }))
+}
+
+/// Seconds until the next queued item of a kind may be claimed that may not be claimed yet, if there is one.
+pub async fn next_eligible_s(pool: &PgPool, kind: WorkKind) -> sqlx::Result<Option<f64>> {
+    sqlx::query_scalar!(
+        r#"
+        -- db::leases::next_eligible_s
+        select extract(epoch from min(eligible_at) - now())::double precision
+        from work_items
+        where state = 'queued' and kind = $1 and eligible_at > now()
+        "#,
+        kind as WorkKind,
+    )
+    .fetch_one(pool)
+    .await
 }
 
 /// Renews a lease and returns what its holder is to do. An expired lease that nobody has taken yet is
@@ -149,7 +210,7 @@ pub async fn heartbeat(pool: &PgPool, lease: &Lease, lease_s: f64) -> Result<Des
 /// nobody can take the item until the transaction ends.
 pub async fn fence(connection: &mut PgConnection, lease: &Lease) -> Result<(), WriteError> {
     sqlx::query_scalar!(
-        "-- db::leases::fence\nselect lease_epoch from leases where work_item_id = $1 and lease_epoch = $2 for update",
+        "-- db::leases::fence\nselect lease_epoch from leases where work_item_id = $1 and lease_epoch = $2 for no key update",
         lease.work_item.as_str(),
         lease.lease_epoch,
     )
@@ -159,14 +220,19 @@ pub async fn fence(connection: &mut PgConnection, lease: &Lease) -> Result<(), W
     .ok_or(WriteError::LeaseLost)
 }
 
-/// Gives up a lease at the end of an attempt: the item is done, or back in the queue after `requeue_after_s`.
+/// Gives up a lease at the end of an attempt.
 pub async fn end_attempt(
     connection: &mut PgConnection,
     lease: &Lease,
     outcome: Outcome,
-    requeue_after_s: Option<f64>,
+    next: Next,
 ) -> Result<(), WriteError> {
     fence(connection, lease).await?;
+    let (state, delay_s) = match next {
+        Next::Done => ("done", 0.0),
+        Next::Paused => ("paused", 0.0),
+        Next::QueuedAfter { delay_s } => ("queued", delay_s),
+    };
     sqlx::query!(
         r#"
         -- db::leases::end_attempt
@@ -176,32 +242,33 @@ pub async fn end_attempt(
             update attempts set ended_at = now(), outcome = $3 where work_item_id = $1 and lease_epoch = $2
         )
         update work_items
-        set state = case when $4::double precision is null then 'done' else 'queued' end,
-            eligible_at = now() + make_interval(secs => coalesce($4, 0)),
-            desired = 'run'
+        set state = $4, eligible_at = now() + make_interval(secs => $5), desired = 'run'
         where id = $1
         "#,
         lease.work_item.as_str(),
         lease.lease_epoch,
         outcome as Outcome,
-        requeue_after_s,
+        state,
+        delay_s,
     )
     .execute(connection)
     .await?;
     Ok(())
 }
 
-/// Picks one lease that ran out, and keeps others from picking it until the transaction ends.
-pub async fn find_expired(connection: &mut PgConnection) -> sqlx::Result<Option<Lease>> {
+/// Picks one lease that ran out, and keeps others from picking it until the transaction ends. None within `grace_s` of
+/// the database's start: while it was away nobody could renew a lease.
+pub async fn find_expired(connection: &mut PgConnection, grace_s: f64) -> sqlx::Result<Option<Lease>> {
     let row = sqlx::query!(
         r#"
         -- db::leases::find_expired
         select work_item_id as "work_item: WorkItemId", lease_epoch
         from leases
-        where expires_at < now()
+        where expires_at < now() and pg_postmaster_start_time() < now() - make_interval(secs => $1)
         limit 1
-        for update skip locked
+        for no key update skip locked
         "#,
+        grace_s,
     )
     .fetch_optional(connection)
     .await?;
@@ -216,7 +283,7 @@ pub async fn expire_all(pool: &PgPool) -> sqlx::Result<u64> {
     Ok(result.rows_affected())
 }
 
-/// Attempts in a row that may fail without progress and through no fault of the user.
+/// Attempts at what is not a job that may fail through no fault of the user; a job's spec says it for itself.
 pub const MAX_INFRA_FAILURES: i64 = 5;
 
 /// Counts one more failure that was not the user's doing, and returns how many there were since the
@@ -226,6 +293,19 @@ pub async fn count_infra_failure(connection: &mut PgConnection, work_item: &Work
         r#"
         -- db::leases::count_infra_failure
         update work_items set infra_failures = infra_failures + 1 where id = $1 returning infra_failures
+        "#,
+        work_item.as_str(),
+    )
+    .fetch_one(connection)
+    .await
+}
+
+/// Counts one more failure of the work itself, and returns how many there were.
+pub async fn count_user_failure(connection: &mut PgConnection, work_item: &WorkItemId) -> sqlx::Result<i64> {
+    sqlx::query_scalar!(
+        r#"
+        -- db::leases::count_user_failure
+        update work_items set user_failures = user_failures + 1 where id = $1 returning user_failures
         "#,
         work_item.as_str(),
     )

@@ -26,7 +26,9 @@ pub struct NodeRow {
     /// Rebuilt from a restart, after its job had merged it.
     pub materialized: bool,
     pub update_norms: Option<Json<BTreeMap<Linear, f64>>>,
+    pub pinned: bool,
     pub created_at: DateTime<Utc>,
+    pub deleted_at: Option<DateTime<Utc>>,
 }
 
 #[derive(Debug, Clone)]
@@ -48,7 +50,7 @@ pub struct NodeFilter {
     pub include_superseded: bool,
 }
 
-/// The newest nodes of a kind first.
+/// The newest nodes of a kind first; without those that were deleted, unless one is asked for by its identifier.
 pub async fn list(
     pool: &PgPool,
     project: &ProjectId,
@@ -61,7 +63,8 @@ pub async fn list(
         r#"
         -- db::lineage::list
         select id as "id: NodeId", kind as "kind: NodeKind", job_id as "job: JobId", name,
-            parent_id as "parent: NodeId", step, restart, lease_epoch, superseded, materialized, created_at,
+            parent_id as "parent: NodeId", step, restart, lease_epoch, superseded, materialized, pinned, created_at,
+            deleted_at,
             update_norms as "update_norms: Json<BTreeMap<Linear, f64>>"
         from nodes
         where project_id = $1 and kind = $2
@@ -69,6 +72,7 @@ pub async fn list(
             and ($4::text is null or job_id = $4)
             and ($5::text is null or id < $5)
             and ($6 or not superseded)
+            and (deleted_at is null or $3 is not null)
         order by id desc
         limit $7
         "#,
@@ -84,7 +88,7 @@ pub async fn list(
     .await
 }
 
-/// A node of this kind, superseded or not.
+/// A node of this kind, also if it was superseded or deleted.
 pub async fn find(pool: &PgPool, project: &ProjectId, kind: NodeKind, id: &NodeId) -> sqlx::Result<Option<NodeRow>> {
     let filter = NodeFilter { id: Some(id.as_str().to_owned()), include_superseded: true, ..NodeFilter::default() };
     let mut found = list(pool, project, kind, &filter, 1).await?;

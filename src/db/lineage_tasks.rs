@@ -78,7 +78,9 @@ pub async fn create(
     let superseded = sqlx::query_scalar!(
         r#"
         -- db::lineage_tasks::create: restart
-        select superseded from nodes where project_id = $1 and id = $2 and kind = 'restart' for no key update
+        select superseded from nodes
+        where project_id = $1 and id = $2 and kind = 'restart' and deleted_at is null
+        for no key update
         "#,
         project.as_str(),
         restart.as_str(),
@@ -122,7 +124,7 @@ async fn find_open(
     .await
 }
 
-/// The checkpoint with the full weights after a restart, merged by its job or materialized. One without files is none.
+/// The checkpoint with the full weights after a restart, merged by its job or materialized.
 pub(super) async fn find_checkpoint(connection: &mut PgConnection, restart: &NodeId) -> sqlx::Result<Option<NodeId>> {
     sqlx::query_scalar!(
         r#"
@@ -131,7 +133,7 @@ pub(super) async fn find_checkpoint(connection: &mut PgConnection, restart: &Nod
         from nodes c
         join nodes r on r.id = c.parent_id
         where r.id = $1 and c.kind = 'checkpoint' and c.step = r.step and not c.superseded
-            and exists (select 1 from node_files f where f.node_id = c.id)
+            and c.deleted_at is null
         order by c.materialized, c.id
         limit 1
         "#,

@@ -6,6 +6,7 @@ use sqlx::{PgConnection, PgPool};
 use super::{
     events::{self, NewEvent},
     leases::{self, Lease, WriteError},
+    objects,
     training::{self, Metric},
 };
 use crate::domain::{
@@ -46,7 +47,7 @@ pub async fn files(pool: &PgPool, node: &NodeId) -> sqlx::Result<Vec<StoredFile>
 }
 
 /// Makes a node visible. Its parent is the job's latest base or restart, or before those the checkpoint that the job
-/// began with. A repeated commit changes nothing.
+/// began with. A repeated commit changes nothing. `lag_s` is how long the node has been complete on the worker's disk.
 pub async fn commit(
     pool: &PgPool,
     lease: &Lease,
@@ -54,6 +55,7 @@ pub async fn commit(
     job: &JobId,
     report: &NodeReport,
     files: &[StoredFile],
+    lag_s: f64,
 ) -> Result<(), WriteError> {
     let mut tx = pool.begin().await?;
     leases::fence(&mut tx, lease).await?;
@@ -91,9 +93,15 @@ pub async fn commit(
     if report.kind == NodeKind::State {
         forget_infra_failures(&mut tx, lease).await?;
     }
-    training::insert_metrics(&mut tx, lease, job, &metrics(report)).await?;
+    training::insert_metrics(&mut tx, lease, job, &metrics(report, lag_s)).await?;
     let (kind, message) = announcement(report);
-    let mut data = json!({"id": node, "step": report.step, "restart": report.restart, "stall_ms": report.stall_ms});
+    let mut data = json!({
+        "id": node,
+        "step": report.step,
+        "restart": report.restart,
+        "stall_ms": report.stall_ms,
+        "lag_s": lag_s,
+    });
     if let Some(norms) = update_norms {
         data["update_norms"] = norms;
     }
@@ -103,8 +111,9 @@ pub async fn commit(
     Ok(())
 }
 
-fn metrics(report: &NodeReport) -> Vec<Metric> {
-    let mut metrics = vec![(report.step, "checkpoint_stall_ms", report.stall_ms as f64)];
+fn metrics(report: &NodeReport, lag_s: f64) -> Vec<Metric> {
+    let mut metrics =
+        vec![(report.step, "checkpoint_stall_ms", report.stall_ms as f64), (report.step, "checkpoint_lag_s", lag_s)];
     if !report.update_norms.is_empty() {
         let norm = report.update_norms.values().map(|norm| norm * norm).sum::<f64>().sqrt();
         metrics.push((report.step, "update_norm", norm));
@@ -156,52 +165,53 @@ async fn forget_infra_failures(connection: &mut PgConnection, lease: &Lease) -> 
     Ok(())
 }
 
-/// Forgets all states of a job but the newest `keep`, and returns the objects that nothing names any more.
+/// Forgets all states of a job but the newest `keep`, and returns the objects that nothing names any more. They are
+/// queued for deletion.
 pub async fn drop_old_states(pool: &PgPool, lease: &Lease, job: &JobId, keep: i64) -> Result<Vec<String>, WriteError> {
     let mut tx = pool.begin().await?;
     leases::fence(&mut tx, lease).await?;
-    let dropped = sqlx::query_scalar!(
+    let old = sqlx::query_scalar!(
         r#"
         -- db::nodes::drop_old_states
-        select f.object_key
-        from node_files f
-        where f.node_id in (
-            select id from nodes
-            where job_id = $1 and kind = 'state'
-            order by superseded, step desc
-            offset $2
-        )
+        select id from nodes
+        where job_id = $1 and kind = 'state'
+        order by superseded, step desc
+        offset $2
         "#,
         job.as_str(),
         keep,
     )
     .fetch_all(&mut *tx)
+    .await?;
+    let unnamed = forget(&mut tx, &old).await?;
+    tx.commit().await?;
+    Ok(unnamed.into_iter().map(|object| object.key).collect())
+}
+
+/// Takes the files from nodes, and queues for deletion what nothing names then, which is returned. The rows stay, marked
+/// as deleted, but for those of states, which nothing refers to.
+pub(super) async fn forget(connection: &mut PgConnection, nodes: &[String]) -> sqlx::Result<Vec<objects::Unnamed>> {
+    let files = sqlx::query_as!(
+        objects::Unnamed,
+        r#"
+        -- db::nodes::forget: files
+        delete from node_files where node_id = any($1) returning object_key as key, size_bytes
+        "#,
+        nodes,
+    )
+    .fetch_all(&mut *connection)
     .await?;
     sqlx::query!(
         r#"
-        -- db::nodes::drop_old_states: delete
-        delete from nodes where id in (
-            select id from nodes
-            where job_id = $1 and kind = 'state'
-            order by superseded, step desc
-            offset $2
+        -- db::nodes::forget
+        with dropped as (
+            delete from nodes where id = any($1) and kind = 'state'
         )
+        update nodes set deleted_at = now() where id = any($1) and kind <> 'state' and deleted_at is null
         "#,
-        job.as_str(),
-        keep,
+        nodes,
     )
-    .execute(&mut *tx)
+    .execute(&mut *connection)
     .await?;
-    let unnamed = sqlx::query_scalar!(
-        r#"
-        -- db::nodes::drop_old_states: unnamed
-        select distinct key as "key!" from unnest($1::text[]) as dropped (key)
-        where not exists (select 1 from node_files where object_key = key)
-        "#,
-        &dropped,
-    )
-    .fetch_all(&mut *tx)
-    .await?;
-    tx.commit().await?;
-    Ok(unnamed)
+    objects::queue(connection, files).await
 }

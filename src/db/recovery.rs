@@ -11,12 +11,13 @@ use super::{
 use crate::domain::job::{Failure, FailureKind};
 
 /// Ends every attempt whose lease ran out: its work item is queued again, or fails when that has
-/// happened too often without progress. Returns how many there were.
-pub async fn requeue_expired(pool: &PgPool) -> Result<i64, WriteError> {
+/// happened too often without progress. Returns how many there were. Nothing happens within `grace_s` of the database's
+/// start.
+pub async fn requeue_expired(pool: &PgPool, grace_s: f64) -> Result<i64, WriteError> {
     let mut num_expired = 0;
     loop {
         let mut tx = pool.begin().await?;
-        let Some(lease) = leases::find_expired(&mut tx).await? else { return Ok(num_expired) };
+        let Some(lease) = leases::find_expired(&mut tx, grace_s).await? else { return Ok(num_expired) };
         let failure = Failure::new(FailureKind::Infrastructure, "the worker was not heard of for a whole lease");
         if let Some(tokenization) = ingestion::find(&mut tx, &lease).await? {
             ingestion::settle(&mut tx, &lease, &tokenization, &failure, Outcome::LeaseExpired).await?;

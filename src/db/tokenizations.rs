@@ -64,6 +64,8 @@ pub enum Creation {
     Done(TokenizationId),
     NoSuchDataset,
     DatasetNotReady(DatasetState),
+    /// The checkpoint whose tokenizer is asked for was deleted.
+    CheckpointDeleted,
 }
 
 /// Queues the tokenization of a dataset that is ready.
@@ -89,6 +91,11 @@ pub async fn create(
         Some(DatasetState::Ready) => {}
         Some(state) => return Ok(Creation::DatasetNotReady(state)),
     }
+    if let Some(checkpoint) = &request.tokenizer_checkpoint
+        && !hold_node(&mut tx, project, checkpoint).await?
+    {
+        return Ok(Creation::CheckpointDeleted);
+    }
 
     let (id, work_item) = (TokenizationId::new(), WorkItemId::new());
     sqlx::query!(
@@ -113,6 +120,21 @@ pub async fn create(
     .await?;
     tx.commit().await?;
     Ok(Creation::Done(id))
+}
+
+/// Whether the node is there. Until the transaction ends it cannot be deleted.
+async fn hold_node(connection: &mut PgConnection, project: &ProjectId, node: &NodeId) -> sqlx::Result<bool> {
+    let held = sqlx::query_scalar!(
+        r#"
+        -- db::tokenizations::hold_node
+        select id from nodes where project_id = $1 and id = $2 and deleted_at is null for key share
+        "#,
+        project.as_str(),
+        node.as_str(),
+    )
+    .fetch_optional(connection)
+    .await?;
+    Ok(held.is_some())
 }
 
 pub async fn find(pool: &PgPool, project: &ProjectId, id: &TokenizationId) -> sqlx::Result<Option<TokenizationRow>> {

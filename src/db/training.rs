@@ -5,12 +5,12 @@ use sqlx::{PgConnection, PgPool};
 
 use super::{
     events::{self, NewEvent},
-    leases::{self, Lease, Outcome, WriteError},
+    leases::{self, Lease, Next, Outcome, WriteError},
 };
 use crate::domain::{
     contract::{Fingerprint, StepReport},
     ids::{JobId, NodeId, ProjectId, TokenizationId},
-    job::{EventType, Failure, JobState},
+    job::{EventType, Failure, FailureKind, JobState},
     spec::{Choices, TrainSpec},
 };
 
@@ -60,7 +60,8 @@ pub async fn begin_attempt(connection: &mut PgConnection, lease: &Lease) -> Resu
         returning id as "id: JobId", project_id as "project: ProjectId", tokenization_id as "tokenization: TokenizationId",
             spec as "spec: sqlx::types::Json<TrainSpec>", choices as "choices: sqlx::types::Json<Choices>",
             (select coalesce(sum(extract(epoch from ended_at - started_at)), 0)::double precision
-             from attempts where work_item_id = $1) as "runtime_s!"
+             from attempts
+             where work_item_id = $1 and started_at >= coalesce(retried_at, '-infinity')) as "runtime_s!"
         "#,
         lease.work_item.as_str(),
     )
@@ -147,8 +148,32 @@ pub async fn mark_running(
     let event = NewEvent {
         kind: EventType::Started,
         lease_epoch: Some(lease.lease_epoch),
-        message: &format!("training on {}", fingerprint.device),
+        message: &format!("training on {}", fingerprint.numerics.device),
         data: json!({"fingerprint": fingerprint, "choices": choices}),
+    };
+    events::append(&mut tx, job, event).await?;
+    tx.commit().await?;
+    Ok(())
+}
+
+/// The state that an attempt goes on from was written where the same work gives other bits.
+pub async fn mark_inexact(
+    pool: &PgPool,
+    lease: &Lease,
+    job: &JobId,
+    before: &Fingerprint,
+    now: &Fingerprint,
+) -> Result<(), WriteError> {
+    let mut tx = pool.begin().await?;
+    leases::fence(&mut tx, lease).await?;
+    sqlx::query!("-- db::training::mark_inexact\nupdate jobs set is_exact = false where id = $1", job.as_str())
+        .execute(&mut *tx)
+        .await?;
+    let event = NewEvent {
+        kind: EventType::NumericsChanged,
+        lease_epoch: Some(lease.lease_epoch),
+        message: "the numerics changed: the result is no longer to the bit that of an uninterrupted run",
+        data: json!({"before": before, "now": now}),
     };
     events::append(&mut tx, job, event).await?;
     tx.commit().await?;
@@ -266,6 +291,8 @@ pub async fn set_log(pool: &PgPool, lease: &Lease, key: &str, size_bytes: i64) -
 pub enum TrainingEnd {
     Succeeded,
     Cancelled,
+    /// As its owner asked, with its state saved.
+    Paused,
     /// The worker gives the job back unharmed, because it has to go.
     Released,
     Failed(Failure),
@@ -276,6 +303,7 @@ pub async fn finish(pool: &PgPool, lease: &Lease, end: &TrainingEnd) -> Result<(
     let outcome = match end {
         TrainingEnd::Succeeded => Outcome::Succeeded,
         TrainingEnd::Cancelled => Outcome::Cancelled,
+        TrainingEnd::Paused => Outcome::Paused,
         TrainingEnd::Released => Outcome::Released,
         TrainingEnd::Failed(_) => Outcome::Failed,
     };
@@ -292,36 +320,34 @@ pub(super) async fn settle(
     outcome: Outcome,
 ) -> Result<(), WriteError> {
     leases::fence(connection, lease).await?;
-    let Some((job, state)) = find_job(connection, lease).await? else {
-        return Err(sqlx::Error::RowNotFound.into());
-    };
-    let cancelling = state == JobState::Cancelling;
-    let mut requeue_after_s = None;
-    let (state, failure, kind, message) = match end {
-        TrainingEnd::Succeeded => (JobState::Succeeded, None, EventType::Succeeded, "all steps done".to_string()),
-        TrainingEnd::Cancelled => (JobState::Cancelled, None, EventType::Cancelled, "cancelled".to_string()),
+    let Some(job) = find_job(connection, lease).await? else { return Err(sqlx::Error::RowNotFound.into()) };
+    let (state, kind, message, next) = match (end, job.state) {
+        (TrainingEnd::Succeeded, _) => {
+            (JobState::Succeeded, EventType::Succeeded, "all steps done".to_string(), Next::Done)
+        }
         // Nobody waits for another attempt of a job that is being cancelled.
-        _ if cancelling => (JobState::Cancelled, None, EventType::Cancelled, "cancelled".to_string()),
-        TrainingEnd::Released => {
-            requeue_after_s = Some(0.0);
-            (JobState::Queued, None, EventType::Requeued, "the worker is going; the job waits for another".to_string())
+        (TrainingEnd::Cancelled, _) | (_, JobState::Cancelling) => {
+            (JobState::Cancelled, EventType::Cancelled, "cancelled".to_string(), Next::Done)
         }
-        TrainingEnd::Failed(failure) => {
-            let failures = match failure.retryable {
-                true => leases::count_infra_failure(connection, &lease.work_item).await?,
-                false => i64::MAX,
-            };
-            if failures <= leases::MAX_INFRA_FAILURES {
-                let backoff_s = 2f64.powi(failures as i32 - 1) - 1.0;
-                requeue_after_s = Some(backoff_s);
-                let message = format!("{}; another attempt in {backoff_s} s", failure.message);
-                (JobState::Queued, None, EventType::Requeued, message)
-            } else {
-                (JobState::Failed, Some(failure), EventType::Failed, failure.message.clone())
+        (TrainingEnd::Failed(failure), _) => match retry(connection, lease, &job, failure).await? {
+            Some(_) if job.state == JobState::Pausing => paused(),
+            Some(delay_s) => {
+                let message = format!("{}; another attempt in {delay_s} s", failure.message);
+                (JobState::Queued, EventType::Requeued, message, Next::QueuedAfter { delay_s })
             }
+            None => (JobState::Failed, EventType::Failed, failure.message.clone(), Next::Done),
+        },
+        (TrainingEnd::Paused, _) | (TrainingEnd::Released, JobState::Pausing) => paused(),
+        (TrainingEnd::Released, _) => {
+            let message = "the worker is going; the job waits for another".to_string();
+            (JobState::Queued, EventType::Requeued, message, Next::QueuedAfter { delay_s: 0.0 })
         }
     };
-    leases::end_attempt(connection, lease, outcome, requeue_after_s).await?;
+    let failure = match end {
+        TrainingEnd::Failed(failure) => Some(json!(failure)),
+        _ => None,
+    };
+    leases::end_attempt(connection, lease, outcome, next).await?;
     sqlx::query!(
         r#"
         -- db::training::settle
@@ -329,38 +355,72 @@ pub(super) async fn settle(
         set state = $2, failure = $3, finished_at = case when $4 then now() end
         where id = $1
         "#,
-        job.as_str(),
+        job.id.as_str(),
         state as JobState,
-        failure.map(|failure| json!(failure)),
+        failure.clone().filter(|_| state == JobState::Failed),
         state.is_final(),
     )
     .execute(&mut *connection)
     .await?;
-    let data = match end {
-        TrainingEnd::Failed(failure) => json!({"failure": failure}),
-        _ => json!({}),
-    };
+    let data = failure.map_or_else(|| json!({}), |failure| json!({"failure": failure}));
     let event = NewEvent { kind, lease_epoch: Some(lease.lease_epoch), message: &message, data };
-    events::append(connection, &job, event).await?;
+    events::append(connection, &job.id, event).await?;
     Ok(())
 }
 
+fn paused() -> (JobState, EventType, String, Next) {
+    (JobState::Paused, EventType::Paused, "paused".to_string(), Next::Paused)
+}
+
+/// After how many seconds the job is tried again; `None` if its budget for such failures is spent.
+async fn retry(
+    connection: &mut PgConnection,
+    lease: &Lease,
+    job: &SettledJob,
+    failure: &Failure,
+) -> sqlx::Result<Option<f64>> {
+    // The time of the job is used up, however often it is tried.
+    if failure.kind == FailureKind::Timeout {
+        return Ok(None);
+    }
+    let (failures, budget) = match failure.retryable {
+        true => (leases::count_infra_failure(connection, &lease.work_item).await?, job.infra_retries),
+        false => (leases::count_user_failure(connection, &lease.work_item).await?, job.user_retries),
+    };
+    let delay_s = 2f64.powi(failures.min(MAX_DOUBLINGS) as i32 - 1) - 1.0;
+    Ok((failures <= budget).then_some(delay_s))
+}
+
+/// Of the delay between attempts, which so ends at a quarter of an hour.
+const MAX_DOUBLINGS: i64 = 11;
+
+/// What of a job decides how it goes on.
+struct SettledJob {
+    id: JobId,
+    state: JobState,
+    infra_retries: i64,
+    user_retries: i64,
+}
+
 /// The job of a lease's work item, if it has one. Locks both, the work item first, as everybody does.
-async fn find_job(connection: &mut PgConnection, lease: &Lease) -> sqlx::Result<Option<(JobId, JobState)>> {
+async fn find_job(connection: &mut PgConnection, lease: &Lease) -> sqlx::Result<Option<SettledJob>> {
     sqlx::query!(
-        "-- db::training::find_job: lock\nselect id from work_items where id = $1 for update",
+        "-- db::training::find_job: lock\nselect id from work_items where id = $1 for no key update",
         lease.work_item.as_str()
     )
     .fetch_optional(&mut *connection)
     .await?;
-    let row = sqlx::query!(
+    sqlx::query_as!(
+        SettledJob,
         r#"
         -- db::training::find_job
-        select id as "id: JobId", state as "state: JobState" from jobs where work_item_id = $1 for update
+        select id as "id: JobId", state as "state: JobState",
+            (spec #>> '{retries,infrastructure}')::bigint as "infra_retries!",
+            (spec #>> '{retries,user}')::bigint as "user_retries!"
+        from jobs where work_item_id = $1 for no key update
         "#,
         lease.work_item.as_str(),
     )
     .fetch_optional(connection)
-    .await?;
-    Ok(row.map(|row| (row.id, row.state)))
+    .await
 }

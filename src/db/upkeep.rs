@@ -4,7 +4,7 @@ use serde_json::json;
 use sqlx::{PgConnection, PgPool};
 
 use super::{
-    leases::{self, Lease, Outcome, WriteError},
+    leases::{self, Lease, Next, Outcome, WriteError},
     lineage_tasks::{self, LineageTaskKind},
     nodes::{self, StoredFile},
 };
@@ -62,7 +62,7 @@ pub async fn begin_attempt(connection: &mut PgConnection, lease: &Lease) -> Resu
     .fetch_optional(&mut *connection)
     .await?;
     let Some(task) = task else {
-        leases::end_attempt(connection, lease, Outcome::Cancelled, None).await?;
+        leases::end_attempt(connection, lease, Outcome::Cancelled, Next::Done).await?;
         return Ok(None);
     };
     Ok(Some(Task {
@@ -84,15 +84,15 @@ async fn find_chain(connection: &mut PgConnection, restart: &NodeId) -> sqlx::Re
         r#"
         -- db::upkeep::find_chain
         with recursive chain as (
-            select id, parent_id, kind, restart, 0 as distance from nodes where id = $1
+            select id, parent_id, kind, restart, deleted_at, 0 as distance from nodes where id = $1
             union all
-            select n.id, n.parent_id, n.kind, n.restart, c.distance + 1
+            select n.id, n.parent_id, n.kind, n.restart, n.deleted_at, c.distance + 1
             from chain c
             join nodes n on n.id = c.parent_id
             where c.kind = 'restart'
         )
         select id as "id!: NodeId", kind as "kind!: NodeKind", restart as "restart!",
-            exists (select 1 from node_files where node_id = id) as "has_files!"
+            deleted_at is null as "has_files!"
         from chain
         order by distance desc
         "#,
@@ -110,7 +110,7 @@ pub async fn complete_verify(
     verification: &Verification,
 ) -> Result<(), WriteError> {
     let mut tx = pool.begin().await?;
-    leases::end_attempt(&mut tx, lease, Outcome::Succeeded, None).await?;
+    leases::end_attempt(&mut tx, lease, Outcome::Succeeded, Next::Done).await?;
     sqlx::query!(
         r#"
         -- db::upkeep::complete_verify
@@ -134,7 +134,7 @@ pub async fn complete_materialize(
     files: &[StoredFile],
 ) -> Result<bool, WriteError> {
     let mut tx = pool.begin().await?;
-    leases::end_attempt(&mut tx, lease, Outcome::Succeeded, None).await?;
+    leases::end_attempt(&mut tx, lease, Outcome::Succeeded, Next::Done).await?;
     let checkpoint = NodeId::new();
     let parent = sqlx::query_scalar!(
         r#"
@@ -210,7 +210,7 @@ pub(super) async fn settle(
     if failure.retryable && failures <= leases::MAX_INFRA_FAILURES {
         return requeue(connection, lease, outcome, failures as f64).await;
     }
-    leases::end_attempt(connection, lease, outcome, None).await?;
+    leases::end_attempt(connection, lease, outcome, Next::Done).await?;
     sqlx::query!(
         r#"
         -- db::upkeep::settle
@@ -236,9 +236,9 @@ async fn requeue(
     connection: &mut PgConnection,
     lease: &Lease,
     outcome: Outcome,
-    requeue_after_s: f64,
+    delay_s: f64,
 ) -> Result<(), WriteError> {
-    leases::end_attempt(connection, lease, outcome, Some(requeue_after_s)).await?;
+    leases::end_attempt(connection, lease, outcome, Next::QueuedAfter { delay_s }).await?;
     sqlx::query!(
         "-- db::upkeep::requeue\nupdate lineage_tasks set state = 'queued' where work_item_id = $1",
         lease.work_item.as_str(),

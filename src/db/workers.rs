@@ -1,8 +1,11 @@
 //! The processes that take work.
 
+use chrono::{DateTime, Utc};
+use serde_json::json;
 use sqlx::{PgConnection, PgPool};
 
 use crate::domain::{
+    contract::Numerics,
     ids::WorkerId,
     offer::Offer,
     spec::{Device, ResourcesSpec},
@@ -12,12 +15,18 @@ use crate::domain::{
 pub(super) const WORKER_ALIVE_S: f64 = 60.0;
 
 /// Enters a worker that has just started.
-pub async fn register(pool: &PgPool, id: &WorkerId, name: &str, offer: &Offer) -> sqlx::Result<()> {
+pub async fn register(
+    pool: &PgPool,
+    id: &WorkerId,
+    name: &str,
+    offer: &Offer,
+    numerics: &Numerics,
+) -> sqlx::Result<()> {
     sqlx::query!(
         r#"
         -- db::workers::register
-        insert into workers (id, name, version, device, num_gpus, memory_bytes, bf16_speedup)
-        values ($1, $2, $3, $4, $5, $6, $7)
+        insert into workers (id, name, version, device, num_gpus, memory_bytes, bf16_speedup, numerics)
+        values ($1, $2, $3, $4, $5, $6, $7, $8)
         "#,
         id.as_str(),
         name,
@@ -26,6 +35,7 @@ pub async fn register(pool: &PgPool, id: &WorkerId, name: &str, offer: &Offer) -
         offer.num_gpus,
         offer.memory_bytes,
         offer.bf16_speedup,
+        json!(numerics),
     )
     .execute(pool)
     .await?;
@@ -65,4 +75,67 @@ pub async fn mark_gone(pool: &PgPool, id: &WorkerId) -> sqlx::Result<()> {
         .execute(pool)
         .await?;
     Ok(())
+}
+
+/// A worker as its operator sees it.
+#[derive(Debug)]
+pub struct WorkerRow {
+    pub id: WorkerId,
+    pub name: String,
+    pub version: String,
+    pub device: Device,
+    pub num_gpus: i64,
+    pub is_draining: bool,
+    pub is_alive: bool,
+    pub started_at: DateTime<Utc>,
+    /// Work items that it holds.
+    pub num_leases: i64,
+}
+
+/// The workers that are alive or hold something, the newest first.
+pub async fn list(pool: &PgPool) -> sqlx::Result<Vec<WorkerRow>> {
+    sqlx::query_as!(
+        WorkerRow,
+        r#"
+        -- db::workers::list
+        select w.id as "id: WorkerId", w.name, w.version, w.device as "device: Device", w.num_gpus, w.is_draining,
+            w.last_seen_at > now() - make_interval(secs => $1) as "is_alive!", w.started_at,
+            count(l.work_item_id) as "num_leases!"
+        from workers w
+        left join leases l on l.worker_id = w.id
+        group by w.id
+        having w.last_seen_at > now() - make_interval(secs => $1) or count(l.work_item_id) > 0
+        order by w.id desc
+        "#,
+        WORKER_ALIVE_S,
+    )
+    .fetch_all(pool)
+    .await
+}
+
+/// Sets for every living worker of this name or identifier whether it is given more work; with `hands_back` it also
+/// gives back what it holds, with its state saved. Returns how many workers there were.
+pub async fn set_draining(pool: &PgPool, worker: &str, is_draining: bool, hands_back: bool) -> sqlx::Result<i64> {
+    sqlx::query_scalar!(
+        r#"
+        -- db::workers::set_draining
+        with meant as (
+            update workers set is_draining = $2
+            where (id = $1 or name = $1) and last_seen_at > now() - make_interval(secs => $4)
+            returning id
+        ), told as (
+            update work_items set desired = 'drain'
+            where $3 and desired = 'run' and id in (
+                select work_item_id from leases where worker_id in (select id from meant)
+            )
+        )
+        select count(*) as "count!" from meant
+        "#,
+        worker,
+        is_draining,
+        hands_back,
+        WORKER_ALIVE_S,
+    )
+    .fetch_one(pool)
+    .await
 }

@@ -14,13 +14,15 @@ use super::{
 };
 
 /// Version of this contract and of the state files. A worker claims only what its trainer understands.
-pub const FORMAT_VERSION: i64 = 3;
+pub const FORMAT_VERSION: i64 = 4;
 
 /// What a trainer that is asked with `--probe` says of its machine, on stdout.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Probe {
     #[serde(flatten)]
     pub offer: Offer,
+    /// What must be equal for two trainers to compute the same bits.
+    pub numerics: Numerics,
     /// Why the GPUs of a machine with a driver cannot be used.
     pub gpu_problem: Option<String>,
 }
@@ -33,6 +35,8 @@ pub enum Command {
     SaveState,
     /// Write a state at the next step boundary and end with `Stopped`.
     Stop,
+    /// The same, with a checkpoint of the weights as they are then.
+    Finish,
 }
 
 /// What the trainer reports, from rank 0 alone.
@@ -70,6 +74,10 @@ pub enum Event {
     Sample { step: i64, prompt: String, text: String },
     /// Something that the user should know and that does not end the run.
     Warning { step: i64, message: String },
+    /// Nothing else was said for some seconds: the run is at work within a long step.
+    Alive { step: i64 },
+    /// What goes on here was begun where the same work gives other bits.
+    NumericsChanged { step: i64, before: Fingerprint, now: Fingerprint },
     /// Last event of a run that reached `num_steps`. Every file is written.
     Done { step: i64 },
     /// Last event of a run that was asked to stop. Its state is written.
@@ -142,10 +150,17 @@ pub struct NodeFile {
 /// What must be equal for two runs to give the same bits (docs/architecture.md, exact continuation).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fingerprint {
+    #[serde(flatten)]
+    pub numerics: Numerics,
+    pub micro_batch_seqs: i64,
+}
+
+/// The part of a fingerprint that a worker has before it has a job.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Numerics {
     pub device: String,
     pub cpu_capability: String,
     pub num_threads: i64,
     pub libtorch: String,
     pub trainer: String,
-    pub micro_batch_seqs: i64,
 }

@@ -1,7 +1,7 @@
 //! Reading JSON that a person wrote: every mistake is reported, not only the first.
 
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::problem::Problem;
 
@@ -33,6 +33,25 @@ pub fn parse<T: DeserializeOwned + Default>(mut json: Value) -> (T, Vec<Problem>
         problems.push(Problem::new(pointer, message));
         if !taken_out {
             return (T::default(), problems);
+        }
+    }
+}
+
+/// Puts a JSON merge patch (RFC 7396) over a document: null removes, an object is merged, all else replaces.
+pub fn merge_patch(target: &mut Value, patch: Value) {
+    let Value::Object(changes) = patch else {
+        *target = patch;
+        return;
+    };
+    if !target.is_object() {
+        *target = Value::Object(Map::new());
+    }
+    let Value::Object(fields) = target else { return };
+    for (name, change) in changes {
+        if change.is_null() {
+            fields.remove(&name);
+        } else {
+            merge_patch(fields.entry(name).or_insert(Value::Null), change);
         }
     }
 }

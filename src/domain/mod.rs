@@ -10,6 +10,7 @@ pub mod lineage;
 pub mod memory;
 pub mod offer;
 pub mod problem;
+pub mod retention;
 pub mod schedule;
 pub mod spec;
 pub mod verification;

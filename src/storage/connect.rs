@@ -1,6 +1,9 @@
 //! How the client is set up. The defaults of the library fit AWS alone; what differs is said at each setting.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
 
 use anyhow::{Context, bail};
 use aws_sdk_s3::{
@@ -17,12 +20,12 @@ use aws_smithy_http_client::{
     tls::{Provider, rustls_provider::CryptoMode},
 };
 
-use super::{Inner, Store};
+use super::{Inner, Store, upload::Patience};
 use crate::config::StoreConfig;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// One request until its answer begins, such as the upload of one part.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(600);
+/// One try of a request until its answer begins. Uploads have limits of their own.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long a download may deliver nothing.
 const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 const MAX_ATTEMPTS: u32 = 4;
@@ -44,8 +47,18 @@ impl Store {
             bucket: config.bucket.clone(),
             prefix: config.prefix.clone(),
             place,
+            patience: Patience::DEFAULT,
+            cannot_list_uploads: AtomicBool::new(false),
         };
         Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// The same store, for tests of what it takes too long for.
+    #[cfg(test)]
+    pub(super) fn with_patience(self, patience: Patience) -> Self {
+        let mut inner = Arc::into_inner(self.inner).expect("nobody shares a store that is being made");
+        inner.patience = patience;
+        Self { inner: Arc::new(inner) }
     }
 }
 

@@ -21,6 +21,9 @@ pub enum StorageError {
     /// The other side of a transfer failed: the body that was to be uploaded, or the file to be written.
     #[error("{op} {key}: {source}")]
     Local { op: &'static str, key: Key, source: io::Error },
+    /// The store was given up. Trying again helps once it answers in time.
+    #[error("{op} {key} (store {endpoint}): no end within {limit_s} s; look whether the store answers, and how fast")]
+    Stalled { op: &'static str, key: Key, endpoint: String, limit_s: f64 },
     #[error("{op} {key} (store {endpoint}): {}", DisplayErrorContext(&**source))]
     Other { op: &'static str, key: Key, endpoint: String, source: Box<dyn Error + Send + Sync> },
 }

@@ -9,6 +9,11 @@ use crate::domain::{
 /// The longest key, with the store's prefix. The embedded store makes a file's name of it, encoded.
 pub const MAX_KEY_BYTES: usize = 120;
 
+/// What the keys of jobs begin with.
+pub const JOBS_PREFIX: &str = "j/";
+/// What all other keys begin with: imports, tokenizations, datasets, materialized checkpoints.
+pub const OTHER_PREFIXES: [&str; 4] = ["i/", "t/", "d/", "m/"];
+
 /// The name of an object, below the store's prefix.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Key(String);
@@ -79,8 +84,8 @@ impl std::fmt::Display for Key {
 
 #[cfg(test)]
 mod tests {
-    use super::{Key, MAX_KEY_BYTES};
-    use crate::domain::ids::{JobId, NodeId};
+    use super::{JOBS_PREFIX, Key, MAX_KEY_BYTES, OTHER_PREFIXES};
+    use crate::domain::ids::{DatasetId, JobId, LineageTaskId, NodeId, TokenizationId};
 
     #[test]
     fn the_longest_files_of_a_trainer_and_an_import_fit_below_the_longest_prefix() {
@@ -88,6 +93,22 @@ mod tests {
         assert!(key.below(&"p".repeat(30)).is_ok());
         let key = Key::import(&NodeId::new(), "model-00001-of-00002.safetensors");
         assert!(key.below(&"p".repeat(30)).is_ok());
+    }
+
+    #[test]
+    fn every_key_lies_below_one_of_the_prefixes() {
+        let keys = [
+            Key::import(&NodeId::new(), "config.json"),
+            Key::tokenization_file(&TokenizationId::new(), 1, "train.bin"),
+            Key::dataset(&DatasetId::new(), "token"),
+            Key::materialized(&LineageTaskId::new(), 1, "config.json"),
+        ];
+        for (key, prefix) in keys.iter().zip(OTHER_PREFIXES) {
+            assert!(key.as_str().starts_with(prefix), "{key}");
+        }
+        for key in [Key::log(&JobId::new(), 1), Key::attempt(&JobId::new(), 1, "states/1/state.json")] {
+            assert!(key.as_str().starts_with(JOBS_PREFIX), "{key}");
+        }
     }
 
     #[test]

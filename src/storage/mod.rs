@@ -3,15 +3,21 @@
 //! Invariant: an upload that returns has been completed, and the store has confirmed its size; whatever
 //! ends in another way leaves no object and no open upload behind, as far as the store can be reached.
 
+mod check;
 mod connect;
 mod download;
 mod error;
 mod keys;
+mod list;
 #[cfg(test)]
 mod tests;
+mod throughput;
 mod upload;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
 
 use aws_sdk_s3::{
     Client,
@@ -20,10 +26,14 @@ use aws_sdk_s3::{
 };
 use bytes::Bytes;
 
+use self::upload::Patience;
 pub use self::{
+    check::{Ability, Lack},
     download::ObjectStream,
     error::StorageError,
-    keys::{Key, MAX_KEY_BYTES},
+    keys::{JOBS_PREFIX, Key, MAX_KEY_BYTES, OTHER_PREFIXES},
+    list::ListedObject,
+    throughput::Throughput,
     upload::Uploaded,
 };
 
@@ -48,6 +58,9 @@ struct Inner {
     prefix: String,
     /// For messages: the endpoint, or AWS and its region.
     place: String,
+    patience: Patience,
+    /// Whether it has been said that this store lists no open uploads.
+    cannot_list_uploads: AtomicBool,
 }
 
 impl Store {
@@ -133,5 +146,10 @@ impl Store {
     /// The key as the store sees it.
     fn object_key(&self, key: &Key) -> Result<String> {
         key.below(&self.inner.prefix)
+    }
+
+    /// What every key begins with, as the store sees it.
+    fn object_prefix(&self) -> String {
+        if self.inner.prefix.is_empty() { String::new() } else { format!("{}/", self.inner.prefix) }
     }
 }

@@ -13,7 +13,7 @@ use super::{
     native::{self, Driver, NoCuda},
 };
 use crate::domain::{
-    contract::{Fingerprint, Probe},
+    contract::{Fingerprint, Numerics, Probe},
     job::FailureKind,
     offer::Offer,
     spec::{self, Choices},
@@ -53,7 +53,7 @@ pub fn probe() -> Probe {
     tch::set_num_threads(1);
     let offer =
         Offer { device: kind(device), num_gpus, memory_bytes: total_bytes(device), bf16_speedup: bf16_speedup(device) };
-    Probe { offer, gpu_problem }
+    Probe { offer, numerics: numerics(device), gpu_problem }
 }
 
 /// Makes libtorch see the GPUs, or says why it does not.
@@ -123,6 +123,11 @@ fn num_cores() -> i32 {
 ///
 /// On the CPU this is tested; on CUDA nothing has been.
 pub fn fingerprint(device: Device, choices: &Choices) -> Fingerprint {
+    Fingerprint { numerics: numerics(device), micro_batch_seqs: choices.micro_batch_seqs }
+}
+
+/// What of that does not depend on the job.
+fn numerics(device: Device) -> Numerics {
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let field = |name: &str| {
         let line = cpuinfo.lines().find(|line| line.starts_with(name))?;
@@ -132,7 +137,7 @@ pub fn fingerprint(device: Device, choices: &Choices) -> Fingerprint {
     let flags = field("flags").unwrap_or_default();
     let used = ["avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16"];
     let capability: Vec<_> = used.into_iter().filter(|used| flags.split(' ').any(|flag| flag == *used)).collect();
-    Fingerprint {
+    Numerics {
         device: match device {
             Device::Cuda(index) => {
                 let name = Driver::open().and_then(|driver| driver.gpu_name(index as i32));
@@ -144,6 +149,5 @@ pub fn fingerprint(device: Device, choices: &Choices) -> Fingerprint {
         num_threads: i64::from(tch::get_num_threads()),
         libtorch: env!("LIBTORCH_VERSION").into(),
         trainer: env!("CARGO_PKG_VERSION").into(),
-        micro_batch_seqs: choices.micro_batch_seqs,
     }
 }

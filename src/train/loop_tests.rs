@@ -141,7 +141,13 @@ fn evaluating_and_saving_more_often_changes_no_bit() {
         train(seldom.path(), &spec(patch.clone()));
         let frequent = TrainSpec {
             eval: EvalSpec { every_steps: 1, max_tokens: 30, prompts: vec![] },
-            checkpoints: CheckpointsSpec { every_steps: 1 },
+            checkpoints: CheckpointsSpec {
+                every_steps: 1,
+                keep_last: None,
+                keep_every_steps: None,
+                keep_best: None,
+                ttl_s: None,
+            },
             state_every_s: 0,
             ..spec(patch.clone())
         };

@@ -167,15 +167,14 @@ pub fn train(args: &Args, job: Job, events: &Events, commands: Receiver<Command>
     };
     events.emit(&Event::Ready {
         format_version: FORMAT_VERSION,
-        device: fingerprint.device.clone(),
+        device: fingerprint.numerics.device.clone(),
         step: run.state.step,
         num_params: run.spec.model.num_params(),
         fingerprint: fingerprint.clone(),
         choices,
     });
     if written_by != fingerprint {
-        let message = format!("numerics changed, results are no longer exact: {written_by:?}, now {fingerprint:?}");
-        events.emit(&Event::Warning { step: run.state.step, message });
+        events.emit(&Event::NumericsChanged { step: run.state.step, before: written_by, now: fingerprint });
     }
     run.ranks = start_matrices.and_then(|start| run.rank_reporter(start));
     run.report_ranks_again();

@@ -56,12 +56,13 @@ pub struct Run {
 pub struct Inbox {
     commands: Receiver<Command>,
     is_stopping: bool,
+    is_checkpoint_wanted: bool,
     is_state_wanted: bool,
 }
 
 impl Inbox {
     pub fn new(commands: Receiver<Command>) -> Self {
-        Self { commands, is_stopping: false, is_state_wanted: false }
+        Self { commands, is_stopping: false, is_checkpoint_wanted: false, is_state_wanted: false }
     }
 
     /// Whether a stop has been asked for.
@@ -74,7 +75,9 @@ impl Inbox {
         loop {
             match self.commands.try_recv() {
                 Ok(Command::SaveState) => self.is_state_wanted = true,
-                Ok(Command::Stop) | Err(TryRecvError::Disconnected) => {
+                Ok(Command::Finish) => (self.is_stopping, self.is_checkpoint_wanted) = (true, true),
+                Ok(Command::Stop) => self.is_stopping = true,
+                Err(TryRecvError::Disconnected) => {
                     self.is_stopping = true;
                     return self;
                 }
@@ -123,8 +126,7 @@ impl Run {
                     self.nodes.save_base(&self.state, &self.weights, &self.spec)?;
                 }
                 if (step > 0 && step % self.spec.checkpoints.every_steps == 0) || wraps || is_last {
-                    self.nodes.save_checkpoint(&self.state, &self.weights, &self.spec)?;
-                    self.state.last_checkpoint_step = Some(step);
+                    self.save_checkpoint()?;
                 }
                 self.is_settled = true;
             }
@@ -133,9 +135,13 @@ impl Run {
                 return Ok(Ending::Done);
             }
 
-            let Inbox { is_stopping, is_state_wanted, .. } = self.inbox.read();
-            let is_stopping = *is_stopping;
-            if is_stopping || std::mem::take(is_state_wanted) || self.nodes.state_is_due(&self.spec) {
+            let Inbox { is_stopping, is_checkpoint_wanted, is_state_wanted, .. } = self.inbox.read();
+            let (is_stopping, is_checkpoint_wanted) = (*is_stopping, *is_checkpoint_wanted);
+            let is_state_wanted = std::mem::take(is_state_wanted);
+            if is_checkpoint_wanted && self.state.last_checkpoint_step != Some(step) {
+                self.save_checkpoint()?;
+            }
+            if is_stopping || is_state_wanted || self.nodes.state_is_due(&self.spec) {
                 self.nodes.save_state(&self.state, &self.weights, self.ranks.as_ref(), &self.spec)?;
             }
             if is_stopping {
@@ -179,6 +185,12 @@ impl Run {
                 num_restarts: self.state.restart,
             });
         }
+    }
+
+    fn save_checkpoint(&mut self) -> Result<(), TrainError> {
+        self.nodes.save_checkpoint(&self.state, &self.weights, &self.spec)?;
+        self.state.last_checkpoint_step = Some(self.state.step);
+        Ok(())
     }
 
     /// Freezes the matrices and puts factors beside them.
@@ -250,8 +262,11 @@ impl Run {
 
     /// Reports the validation loss. A stop does not wait for it: the evaluation is then due to whoever goes on.
     fn evaluate(&mut self) -> Result<(), TrainError> {
-        let Self { engine, dataset, spec, device, inbox, .. } = self;
-        let is_interrupted = || inbox.is_stopping();
+        let Self { engine, dataset, spec, device, inbox, events, state, .. } = self;
+        let is_interrupted = || {
+            events.alive(state.step);
+            inbox.is_stopping()
+        };
         let evaluation = eval::evaluate(engine, &dataset.valid, spec, *device, is_interrupted);
         self.state.evaluation_due = evaluation.is_none();
         let Some(evaluation) = evaluation else { return Ok(()) };
@@ -293,6 +308,7 @@ impl Run {
             let place = DropoutPlace { seed: self.spec.seed, first_seq: first_seq + done_seqs };
             loss += self.engine.forward_backward(&rows, 1.0 / num_targets, place);
             done_seqs += num_seqs;
+            self.events.alive(self.state.step);
         }
         self.state.num_batches += 1;
         self.state.num_tokens += self.tokens_per_batch();

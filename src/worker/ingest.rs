@@ -37,7 +37,7 @@ pub async fn run(agent: &Agent, lease: &Lease, ingestion: Ingestion, shutdown: &
 async fn run_within(agent: &Agent, lease: &Lease, ingestion: Ingestion, shutdown: &Shutdown) {
     let id = &ingestion.tokenization;
     tracing::info!("tokenization claimed");
-    let keeper = LeaseKeeper::start(agent.pool.clone(), lease.clone(), agent.config.lease_s);
+    let keeper = LeaseKeeper::start(agent.pool.clone(), lease.clone(), &agent.config);
     let work = async {
         match shutdown.run_until(attempt(agent, lease, &ingestion)).await {
             None => until_written("release", || ingestion::release(&agent.pool, lease, id)).await,

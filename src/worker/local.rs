@@ -93,6 +93,7 @@ pub async fn train(run: LocalRun, shutdown: Shutdown) -> Result<()> {
         weights: run.weights.clone(),
         out: run.out.clone(),
         threads: run.threads,
+        gpu: None,
         profile: run.profile.clone(),
     };
     let log = run.out.join("trainer.log");
@@ -227,8 +228,11 @@ fn print(event: &Event, num_steps: i64) {
         }
         Event::Sample { text, .. } => println!("--- {text}"),
         Event::Warning { step, message } => println!("step {step}: warning: {message}"),
+        Event::NumericsChanged { step, before, now } => {
+            println!("step {step}: the result is no longer exact: the run began on {before:?} and goes on on {now:?}");
+        }
         Event::Done { step } => println!("done after step {step}"),
         Event::Stopped { step } => println!("stopped after step {step}; --resume goes on from there"),
-        Event::Failed { .. } => {}
+        Event::Alive { .. } | Event::Failed { .. } => {}
     }
 }

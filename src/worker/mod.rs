@@ -2,6 +2,7 @@
 //! and writes every result. It holds no tensor; a trainer is a child process.
 
 mod checkpoint_tokenizer;
+pub mod collect;
 pub mod documents;
 mod ingest;
 mod lease_keeper;
@@ -11,29 +12,33 @@ mod rebuild;
 mod reporter;
 mod retry;
 mod staging;
+mod sweep;
 pub mod tokenize;
 mod train;
 mod trainer;
 mod upkeep;
-mod uploader;
+mod upload_queue;
+pub mod uploader;
 mod work_dir;
 
 use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
+use futures_util::future::join_all;
 use sqlx::{Connection as _, PgPool};
 
 use crate::{
     config::{AgentConfig, WorkerConfig},
     db::{
         self,
+        changes::{Changes, WORK_QUEUED},
         leases::{self, Lease, WorkKind, WriteError},
         recovery,
         training::{self, TrainingEnd},
         workers,
     },
     domain::{
-        contract::Probe,
+        contract::{Numerics, Probe},
         ids::WorkerId,
         job::{Failure, FailureKind},
         offer::Offer,
@@ -43,8 +48,8 @@ use crate::{
 };
 use work_dir::WorkDir;
 
-/// How often an idle worker looks for work, and everybody for leases that ran out.
-const POLL: Duration = Duration::from_millis(300);
+/// How often an idle lane looks for work that nobody told it of.
+const LOOK_EVERY: Duration = Duration::from_secs(2);
 
 /// What all work of this process shares.
 struct Agent {
@@ -54,11 +59,16 @@ struct Agent {
     store: Store,
     work_dir: WorkDir,
     offer: Offer,
+    news: Changes,
 }
+
+/// Two to work with, and one that listens.
+const MAX_DATABASE_CONNECTIONS: u32 = 3;
 
 /// `relora worker`: connects to the database and the store, and works until told to stop.
 pub async fn run_standalone(config: WorkerConfig, shutdown: Shutdown) -> Result<()> {
-    let pool = db::connect(config.database.url.expose(), 2).await.context("connect to the database")?;
+    let pool =
+        db::connect(config.database.url.expose(), MAX_DATABASE_CONNECTIONS).await.context("connect to the database")?;
     let store = Store::connect(&config.store).await?;
     run(config.agent, pool, store, shutdown).await
 }
@@ -66,56 +76,76 @@ pub async fn run_standalone(config: WorkerConfig, shutdown: Shutdown) -> Result<
 /// Works until told to stop; running work is handed back with its state saved.
 pub async fn run(config: AgentConfig, pool: PgPool, store: Store, shutdown: Shutdown) -> Result<()> {
     let id = WorkerId::new();
-    let Probe { offer, gpu_problem } = trainer::probe(&config.trainer).await?;
+    let Probe { offer, numerics, gpu_problem } = trainer::probe(&config.trainer).await?;
+    let numerics = Numerics { num_threads: config.trainer_threads as i64, ..numerics };
     if let Some(reason) = gpu_problem {
         tracing::warn!(reason, "no GPU can be used here; the CPU is offered alone");
     }
     let work_dir = WorkDir::open(&config.work_dir, &id)?;
-    workers::register(&pool, &id, &config.name, &offer).await.context("register the worker")?;
+    workers::register(&pool, &id, &config.name, &offer, &numerics).await.context("register the worker")?;
     tracing::info!(worker.id = %id, worker.name = config.name, ?offer, "worker started");
 
-    let agent = Arc::new(Agent { id, config, pool, store, work_dir, offer });
+    let news = Changes::listen(pool.clone(), WORK_QUEUED, shutdown.clone());
+    let agent = Arc::new(Agent { id, config, pool, store, work_dir, offer, news });
     tokio::join!(
-        lane(&agent, Lane::Train, &shutdown),
+        join_all(agent.slots().into_iter().map(|gpu| lane(&agent, Lane::Train { gpu }, &shutdown))),
         lane(&agent, Lane::Ingest, &shutdown),
-        lane(&agent, Lane::Upkeep, &shutdown),
+        lane(&agent, Lane::Upkeep(WorkKind::Materialize), &shutdown),
+        lane(&agent, Lane::Upkeep(WorkKind::Verify), &shutdown),
         shutdown.run_until(stay_seen(&agent)),
+        shutdown.run_until(sweep::sweep_uploads(&agent.store)),
         shutdown.run_until(take_back_expired(&agent.pool, agent.config.lease_s)),
+        shutdown.run_until(collect::run(&agent.pool, &agent.store)),
     );
     workers::mark_gone(&agent.pool, &agent.id).await.context("sign the worker off")?;
     tracing::info!(worker.id = %agent.id, "worker stopped");
     Ok(())
 }
 
-/// What a worker does beside each other.
-#[derive(Debug, Clone, Copy)]
+/// What takes one item after another. Each kind of work has its own, so that a training of days does not hold up the
+/// tokenization that the next job waits for; and every GPU has one.
 enum Lane {
-    Train,
+    Train {
+        /// In the driver's terms; none on a machine without.
+        gpu: Option<String>,
+    },
     Ingest,
-    /// Tasks on lineages that are there.
-    Upkeep,
+    /// Tasks on lineages that are there, of this kind.
+    Upkeep(WorkKind),
 }
 
-/// Takes one item after another. Each kind of work has its own lane, so that a training of days does
-/// not hold up the tokenization that the next job waits for.
-async fn lane(agent: &Arc<Agent>, lane: Lane, shutdown: &Shutdown) {
+impl Lane {
+    fn kind(&self) -> WorkKind {
+        match self {
+            Self::Train { .. } => WorkKind::Train,
+            Self::Ingest => WorkKind::Ingest,
+            Self::Upkeep(kind) => *kind,
+        }
+    }
+}
+
+async fn lane(agent: &Agent, lane: Lane, shutdown: &Shutdown) {
+    let kind = lane.kind();
     while !shutdown.is_triggered() {
-        let outcome = match lane {
-            Lane::Train => train_next(agent, shutdown).await,
+        // What is queued after the look is news.
+        let mut news = agent.news.subscribe();
+        let outcome = match &lane {
+            Lane::Train { gpu } => train_next(agent, gpu.as_deref(), shutdown).await,
             Lane::Ingest => ingest_next(agent, shutdown).await,
-            Lane::Upkeep => upkeep_next(agent, shutdown).await,
+            Lane::Upkeep(kind) => upkeep_next(agent, *kind, shutdown).await,
         };
         match outcome {
             Ok(true) => continue,
             Ok(false) => {}
-            Err(error) => tracing::warn!(error = format!("{error:#}"), ?lane, "could not look for work"),
+            Err(error) => tracing::warn!(error = format!("{error:#}"), ?kind, "could not look for work"),
         }
-        shutdown.run_until(tokio::time::sleep(POLL)).await;
+        let at_most = agent.look_again_after(kind).await;
+        shutdown.run_until(news.wait(kind.name(), at_most)).await;
     }
 }
 
 /// Claims a job and trains it. False if there is none.
-async fn train_next(agent: &Agent, shutdown: &Shutdown) -> Result<bool> {
+async fn train_next(agent: &Agent, gpu: Option<&str>, shutdown: &Shutdown) -> Result<bool> {
     let mut tx = agent.pool.begin().await?;
     let Some(lease) = agent.claim(&mut tx, WorkKind::Train).await? else { return Ok(false) };
     let mut begin = tx.begin().await?;
@@ -123,7 +153,7 @@ async fn train_next(agent: &Agent, shutdown: &Shutdown) -> Result<bool> {
         Ok(training) => {
             begin.commit().await?;
             tx.commit().await?;
-            train::run(agent, &lease, training, shutdown).await;
+            train::run(agent, &lease, training, gpu, shutdown).await;
         }
         // A job that cannot be read must not stand at the head of the queue for ever.
         Err(WriteError::Database(error @ (sqlx::Error::ColumnDecode { .. } | sqlx::Error::RowNotFound))) => {
@@ -149,15 +179,9 @@ async fn ingest_next(agent: &Agent, shutdown: &Shutdown) -> Result<bool> {
 }
 
 /// Claims a task on a lineage and does it. False if there is none.
-async fn upkeep_next(agent: &Agent, shutdown: &Shutdown) -> Result<bool> {
+async fn upkeep_next(agent: &Agent, kind: WorkKind, shutdown: &Shutdown) -> Result<bool> {
     let mut tx = agent.pool.begin().await?;
-    let mut lease = None;
-    for kind in [WorkKind::Materialize, WorkKind::Verify] {
-        if lease.is_none() {
-            lease = agent.claim(&mut tx, kind).await?;
-        }
-    }
-    let Some(lease) = lease else { return Ok(false) };
+    let Some(lease) = agent.claim(&mut tx, kind).await? else { return Ok(false) };
     let task = db::upkeep::begin_attempt(&mut tx, &lease).await.context("begin the attempt")?;
     tx.commit().await?;
     if let Some(task) = task {
@@ -167,10 +191,30 @@ async fn upkeep_next(agent: &Agent, shutdown: &Shutdown) -> Result<bool> {
 }
 
 impl Agent {
+    /// A slot for each GPU, which a trainer has to itself; without GPUs one, with all threads.
+    fn slots(&self) -> Vec<Option<String>> {
+        let num_gpus = usize::try_from(self.offer.num_gpus).unwrap_or(0);
+        if num_gpus == 0 {
+            return vec![None];
+        }
+        let visible = self.config.visible_gpus.as_deref().unwrap_or_default();
+        let named: Vec<_> = visible.split(',').map(str::trim).filter(|gpu| !gpu.is_empty()).collect();
+        let name = |index: usize| named.get(index).map_or_else(|| index.to_string(), |gpu| (*gpu).to_owned());
+        (0..num_gpus).map(|index| Some(name(index))).collect()
+    }
+
+    /// One item for one free slot.
     async fn claim(&self, connection: &mut sqlx::PgConnection, kind: WorkKind) -> Result<Option<Lease>> {
         let Offer { device, num_gpus, .. } = self.offer;
-        let claimed = leases::claim(connection, &self.id, kind, device, num_gpus, self.config.lease_s as f64).await;
-        claimed.context("claim work")
+        let lease_s = self.config.lease_s as f64;
+        leases::claim(connection, &self.id, kind, device, num_gpus.min(1), lease_s).await.context("claim work")
+    }
+
+    /// When the next item may be claimed that is known of, and before long in any case. Workers do not look all at once.
+    async fn look_again_after(&self, kind: WorkKind) -> Duration {
+        let next_s = leases::next_eligible_s(&self.pool, kind).await.ok().flatten().unwrap_or(f64::INFINITY);
+        let jitter = f64::from(std::time::UNIX_EPOCH.elapsed().map_or(0, |now| now.subsec_nanos())) / 1e9;
+        Duration::from_secs_f64(next_s.max(0.0).min(LOOK_EVERY.as_secs_f64() * (0.75 + 0.5 * jitter)))
     }
 }
 
@@ -187,7 +231,7 @@ async fn stay_seen(agent: &Agent) {
 pub async fn take_back_expired(pool: &PgPool, lease_s: u64) {
     loop {
         tokio::time::sleep(Duration::from_secs_f64((lease_s as f64 / 10.0).max(0.3))).await;
-        match recovery::requeue_expired(pool).await {
+        match recovery::requeue_expired(pool, lease_s as f64).await {
             Ok(_) => {}
             Err(error) => {
                 tracing::warn!(%error, "could not look for leases that ran out");

@@ -61,6 +61,10 @@ pub enum Report {
         step: i64,
         message: String,
     },
+    NumericsChanged {
+        before: Fingerprint,
+        now: Fingerprint,
+    },
     /// To be answered when everything before it is written.
     Barrier(oneshot::Sender<()>),
 }
@@ -115,6 +119,10 @@ impl Reporter {
             Report::Ready { fingerprint, choices } => {
                 let write = || training::mark_running(&self.pool, &self.lease, &self.job, &fingerprint, &choices);
                 return until_written("start", write).await;
+            }
+            Report::NumericsChanged { before, now } => {
+                let write = || training::mark_inexact(&self.pool, &self.lease, &self.job, &before, &now);
+                return until_written("numerics changed", write).await;
             }
             Report::Eval { step, loss, perplexity, num_tokens } => (
                 EventType::Eval,

@@ -17,7 +17,7 @@ use tracing::Instrument;
 
 use super::{
     Agent,
-    lease_keeper::{LeaseKeeper, Orders},
+    lease_keeper::{LeaseKeeper, Orders, until},
     log_file::LogShipper,
     reporter::{Report, Reporter},
     retry::until_written,
@@ -42,21 +42,28 @@ use crate::{
 /// What files are given to be stored when a stop has used up its time on the trainer.
 const LEAST_STORING: Duration = Duration::from_secs(5);
 
-/// Runs the attempt and settles the job. A lost lease ends everything at once and writes nothing.
-pub async fn run(agent: &Agent, lease: &Lease, training: Training, shutdown: &Shutdown) {
+/// Runs the attempt, on this GPU if on one, and settles the job. A lost lease ends everything at once and writes nothing.
+pub async fn run(agent: &Agent, lease: &Lease, training: Training, gpu: Option<&str>, shutdown: &Shutdown) {
     let span = tracing::info_span!("attempt", job.id = %training.job, lease.epoch = lease.lease_epoch);
-    run_within(agent, lease, training, shutdown).instrument(span).await;
+    run_within(agent, lease, training, gpu, shutdown).instrument(span).await;
 }
 
-async fn run_within(agent: &Agent, lease: &Lease, training: Training, shutdown: &Shutdown) {
+async fn run_within(agent: &Agent, lease: &Lease, training: Training, gpu: Option<&str>, shutdown: &Shutdown) {
     tracing::info!(start_step = training.resume.as_ref().map_or(0, |resume| resume.step), "job claimed");
-    let keeper = LeaseKeeper::start(agent.pool.clone(), lease.clone(), agent.config.lease_s);
-    let work = async {
-        let end = attempt(agent, lease, training, &keeper, shutdown).await;
+    let keeper = LeaseKeeper::start(agent.pool.clone(), lease.clone(), &agent.config);
+    let settle = async |end: TrainingEnd| {
         until_written("settle the job", || training::finish(&agent.pool, lease, &end)).await.map(|()| end)
+    };
+    let work = async {
+        let end = attempt(agent, lease, training, gpu, &keeper, shutdown).await;
+        settle(end).await
     };
     let outcome = tokio::select! {
         outcome = work => outcome,
+        // What was the attempt's is dropped with it: the trainer is killed, its uploads are given up.
+        () = until(keeper.orders(), |orders| orders == Orders::Held(Desired::Kill)) => {
+            settle(TrainingEnd::Cancelled).await
+        }
         () = keeper.lost() => {
             tracing::warn!("lease lost; trainer killed");
             return;
@@ -77,6 +84,7 @@ async fn attempt(
     agent: &Agent,
     lease: &Lease,
     training: Training,
+    gpu: Option<&str>,
     keeper: &LeaseKeeper,
     shutdown: &Shutdown,
 ) -> TrainingEnd {
@@ -100,6 +108,7 @@ async fn attempt(
         resume: staged.resume.clone(),
         weights: staged.weights.clone(),
         threads: agent.config.trainer_threads,
+        gpu: gpu.map(str::to_owned),
         profile: None,
     };
     let trainer = match Trainer::spawn(&args, &folder.path().join("trainer.log")).await {
@@ -118,6 +127,7 @@ fn failed(kind: FailureKind, message: impl Into<String>) -> TrainingEnd {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum StopReason {
     Cancelled,
+    Paused,
     Released,
     TimedOut,
 }
@@ -126,12 +136,21 @@ impl StopReason {
     fn end(self, training: &Training) -> TrainingEnd {
         match self {
             Self::Cancelled => TrainingEnd::Cancelled,
+            Self::Paused => TrainingEnd::Paused,
             Self::Released => TrainingEnd::Released,
             Self::TimedOut => {
                 let limit_s = training.spec.max_runtime_s.unwrap_or(0);
                 let message = format!("the job ran for its max_runtime_s of {limit_s} s; its state is kept");
                 failed(FailureKind::Timeout, message)
             }
+        }
+    }
+
+    /// What the trainer is asked for. A run that nobody is going to continue leaves its weights.
+    fn command(self) -> Command {
+        match self {
+            Self::Cancelled | Self::TimedOut => Command::Finish,
+            Self::Paused | Self::Released => Command::Stop,
         }
     }
 }
@@ -149,13 +168,8 @@ struct Stop {
 }
 
 /// Returns when the attempt is to stop, for whatever reason comes first.
-async fn stop_wish(mut orders: watch::Receiver<Orders>, shutdown: Shutdown, left_s: Option<f64>) -> StopReason {
-    let cancelled = async {
-        // Without a heartbeat the lease is lost, which ends the attempt from outside.
-        if orders.wait_for(|orders| *orders == Orders::Held(Desired::Cancel)).await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    };
+async fn stop_wish(orders: watch::Receiver<Orders>, shutdown: Shutdown, left_s: Option<f64>) -> StopReason {
+    let ordered = |desired| until(orders.clone(), move |orders| orders == Orders::Held(desired));
     let timed_out = async {
         match left_s {
             Some(left_s) => tokio::time::sleep(Duration::from_secs_f64(left_s)).await,
@@ -163,7 +177,9 @@ async fn stop_wish(mut orders: watch::Receiver<Orders>, shutdown: Shutdown, left
         }
     };
     tokio::select! {
-        () = cancelled => StopReason::Cancelled,
+        () = ordered(Desired::Cancel) => StopReason::Cancelled,
+        () = ordered(Desired::Pause) => StopReason::Paused,
+        () = ordered(Desired::Drain) => StopReason::Released,
         () = shutdown.wait() => StopReason::Released,
         () = timed_out => StopReason::TimedOut,
     }
@@ -174,6 +190,12 @@ async fn overdue(stop: Option<Stop>) {
     match stop {
         Some(stop) => sleep_until(stop.deadline).await,
         None => std::future::pending().await,
+    }
+}
+
+impl Hold {
+    fn is_held(&self) -> bool {
+        self.is_unsure || self.is_disk_full
     }
 }
 
@@ -188,10 +210,23 @@ struct Run<'a> {
     nodes: Option<mpsc::UnboundedSender<FinishedNode>>,
     reporting: AbortOnDropHandle<Result<()>>,
     uploading: AbortOnDropHandle<Result<()>>,
+    /// True while more waits to be stored than the disk may hold.
+    disk_full: watch::Receiver<bool>,
     log_shipper: LogShipper,
     stop: Option<Stop>,
+    hold: Hold,
     last_event: Option<Event>,
     oom_kills_before: Option<u64>,
+}
+
+/// Why the trainer stands still, with everything that it has in memory, and since when it may be taken to hang.
+struct Hold {
+    /// Nobody can say whether the lease is still ours.
+    is_unsure: bool,
+    /// More waits to be stored than the disk may hold.
+    is_disk_full: bool,
+    /// When the trainer was last heard of, or let go on.
+    last_heard: Instant,
 }
 
 impl<'a> Run<'a> {
@@ -207,17 +242,22 @@ impl<'a> Run<'a> {
             job: training.job.clone(),
             out: staged.out,
             stored: staged.stored,
+            lag_limit: Duration::from_secs(agent.config.checkpoint_lag_s),
+            max_local_bytes: agent.config.max_local_bytes,
         };
+        let (full, disk_full) = watch::channel(false);
         let reporting = tokio::spawn(async { Ok(reporter.run(reported).await?) }.in_current_span());
         let log_shipper = LogShipper::start(agent, lease, &training.job, &trainer.log);
         Self {
             reports: Some(reports),
             nodes: Some(nodes),
             reporting: AbortOnDropHandle::new(reporting),
-            uploading: AbortOnDropHandle::new(tokio::spawn(uploader.run(finished_nodes).in_current_span())),
+            uploading: AbortOnDropHandle::new(tokio::spawn(uploader.run(finished_nodes, full).in_current_span())),
+            disk_full,
             log_shipper,
             weights: staged.weights,
             stop: None,
+            hold: Hold { is_unsure: false, is_disk_full: false, last_heard: Instant::now() },
             last_event: None,
             oom_kills_before: oom_kills(),
             agent,
@@ -229,26 +269,41 @@ impl<'a> Run<'a> {
     /// Follows the trainer to its end, then waits until everything that it made is stored.
     async fn supervise(mut self, keeper: &LeaseKeeper, shutdown: &Shutdown) -> TrainingEnd {
         let mut wish = pin!(stop_wish(keeper.orders(), shutdown.clone(), left_s(&self.training)));
+        let mut orders = keeper.orders();
         let broken = loop {
+            let stalled_at = self.stalled_at();
             tokio::select! {
                 event = self.trainer.next_event() => match event {
                     Ok(Some(event)) => self.take(event),
                     Ok(None) => break None,
-                    Err(error) => break Some(error),
+                    Err(error) => break Some(error.into()),
                 },
                 reason = &mut wish, if self.stop.is_none() => self.ask_to_stop(reason).await,
+                Ok(()) = orders.changed(), if self.stop.is_none() => {
+                    let is_unsure = *orders.borrow_and_update() == Orders::Unsure;
+                    self.hold(is_unsure, self.hold.is_disk_full);
+                }
+                Ok(()) = self.disk_full.changed(), if self.stop.is_none() => {
+                    let is_disk_full = *self.disk_full.borrow_and_update();
+                    self.hold(self.hold.is_unsure, is_disk_full);
+                }
+                () = sleep_until(stalled_at), if !self.hold.is_held() => break Some(Broken::Stalled),
                 () = overdue(self.stop) => {
                     tracing::warn!("trainer did not stop in time; killed");
                     break None;
                 }
                 // While the trainer lives these end only because the database refused something.
-                ended = &mut self.reporting => break Some(cause(ended, "write reports")),
-                ended = &mut self.uploading => break Some(cause(ended, "store nodes")),
+                ended = &mut self.reporting => break Some(cause(ended, "write reports").into()),
+                ended = &mut self.uploading => break Some(cause(ended, "store nodes").into()),
             }
         };
-        let exit = self.trainer.end().await;
+        let exit = match broken {
+            Some(Broken::Stalled) => self.trainer.kill().await,
+            _ => self.trainer.end().await,
+        };
         let end = match broken {
-            Some(error) => failed(FailureKind::Internal, format!("{error:#}")),
+            Some(Broken::Stalled) => self.stalled(),
+            Some(Broken::Contract(error)) => failed(FailureKind::Internal, format!("{error:#}")),
             None => match self.carry_away(wish).await {
                 Ok(everything_stored) => self.end(exit, everything_stored),
                 Err(error) => failed(FailureKind::Storage, format!("could not store the results: {error:#}")),
@@ -257,8 +312,37 @@ impl<'a> Run<'a> {
         self.with_log(end).await
     }
 
+    /// Lets the trainer stand still, or go on: no step is done for nothing, and no disk is filled up.
+    fn hold(&mut self, is_unsure: bool, is_disk_full: bool) {
+        let was_held = self.hold.is_held();
+        self.hold.is_unsure = is_unsure;
+        self.hold.is_disk_full = is_disk_full;
+        if self.hold.is_held() == was_held {
+            return;
+        }
+        match (is_unsure, is_disk_full) {
+            (true, _) => tracing::warn!("trainer held: the lease was not renewed in time, and may be another's"),
+            (false, true) => tracing::warn!("trainer held: as much waits for the store as the disk may hold"),
+            (false, false) => tracing::info!("the trainer goes on"),
+        }
+        self.hold.last_heard = Instant::now();
+        self.trainer.hold(self.hold.is_held());
+    }
+
+    fn stalled_at(&self) -> Instant {
+        self.hold.last_heard + Duration::from_secs(self.training.spec.max_stall_s.unsigned_abs())
+    }
+
+    fn stalled(&self) -> TrainingEnd {
+        let stall_s = self.training.spec.max_stall_s;
+        failed(FailureKind::Stalled, format!("the trainer said nothing for {stall_s} s (max_stall_s) and was killed"))
+    }
+
     fn take(&mut self, event: Event) {
+        self.hold.last_heard = Instant::now();
         let report = match event {
+            Event::Alive { .. } => return,
+            Event::NumericsChanged { before, now, .. } => Report::NumericsChanged { before, now },
             Event::Ready { step, fingerprint, choices, .. } => return self.begin(step, fingerprint, choices),
             Event::Step(step) => Report::Step(step),
             Event::Eval { step, loss, perplexity, num_tokens } => Report::Eval { step, loss, perplexity, num_tokens },
@@ -303,7 +387,9 @@ impl<'a> Run<'a> {
     async fn ask_to_stop(&mut self, reason: StopReason) {
         tracing::info!(?reason, "stopping the trainer");
         self.stop = Some(self.begin_stop(reason));
-        self.trainer.send(Command::Stop).await;
+        // A trainer that stands still hears nothing. What it writes now is fenced like everything else.
+        self.hold(false, false);
+        self.trainer.send(reason.command()).await;
     }
 
     fn begin_stop(&self, reason: StopReason) -> Stop {
@@ -367,6 +453,18 @@ impl<'a> Run<'a> {
         }
         self.log_shipper.finish().await;
         end
+    }
+}
+
+/// Why a trainer is no longer followed that has not ended.
+enum Broken {
+    Stalled,
+    Contract(anyhow::Error),
+}
+
+impl From<anyhow::Error> for Broken {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Contract(error)
     }
 }
 

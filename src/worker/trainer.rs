@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines},
     process::{Child, ChildStdin, ChildStdout},
@@ -26,6 +27,8 @@ pub struct TrainerArgs<'a> {
     /// The checkpoint to begin with, where there is no state to go on from.
     pub weights: Option<PathBuf>,
     pub threads: usize,
+    /// The one GPU that it may see, in the driver's terms; all without.
+    pub gpu: Option<String>,
     /// The file for a profile of some updates.
     pub profile: Option<PathBuf>,
 }
@@ -52,6 +55,9 @@ impl Trainer {
         }
         if let Some(profile) = &args.profile {
             command.arg("--profile").arg(profile);
+        }
+        if let Some(gpu) = &args.gpu {
+            command.env("CUDA_VISIBLE_DEVICES", gpu);
         }
         let mut child = command
             .stdin(Stdio::piped())
@@ -87,6 +93,23 @@ impl Trainer {
         if let Err(error) = stdin.write_all(&line).await {
             tracing::debug!(%error, ?command, "the trainer takes no more commands");
         }
+    }
+
+    /// Stops the process where it is, with everything that it has in memory, or lets it go on.
+    pub fn hold(&self, is_held: bool) {
+        let Some(pid) = self.child.id().and_then(|id| Pid::from_raw(id.cast_signed())) else { return };
+        let signal = if is_held { Signal::STOP } else { Signal::CONT };
+        if let Err(error) = kill_process(pid, signal) {
+            tracing::warn!(%error, is_held, "could not hold or release the trainer");
+        }
+    }
+
+    /// Kills the process.
+    pub async fn kill(&mut self) -> Exit {
+        if let Err(error) = self.child.start_kill() {
+            tracing::warn!(%error, "could not kill the trainer");
+        }
+        self.end().await
     }
 
     /// Waits for the process to end, kills it if it does not, and says how it ended.

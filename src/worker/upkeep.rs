@@ -39,7 +39,7 @@ pub async fn run(agent: &Agent, lease: &Lease, task: Task, shutdown: &Shutdown) 
 
 async fn run_within(agent: &Agent, lease: &Lease, task: Task, shutdown: &Shutdown) {
     tracing::info!(kind = ?task.kind, restart.id = %task.restart, "task claimed");
-    let keeper = LeaseKeeper::start(agent.pool.clone(), lease.clone(), agent.config.lease_s);
+    let keeper = LeaseKeeper::start(agent.pool.clone(), lease.clone(), &agent.config);
     let work = async {
         match shutdown.run_until(attempt(agent, lease, &task)).await {
             None => until_written("release", || upkeep::release(&agent.pool, lease)).await,

@@ -17,7 +17,8 @@ struct Lineage {
     superseded: String,
 }
 
-async fn insert_node(app: &TestApp, job: &str, kind: &str, step: i64, parent: Option<&str>) -> String {
+/// A node of two files, 12 bytes, that are in the store.
+pub async fn insert_node(app: &TestApp, job: &str, kind: &str, step: i64, parent: Option<&str>) -> String {
     let id = NodeId::new().to_string();
     sqlx::query(
         "insert into nodes (id, project_id, job_id, parent_id, kind, lease_epoch, step, restart)

@@ -200,14 +200,20 @@ async fn a_checkpoint_that_is_there_is_not_made_again(pool: PgPool) {
     assert_eq!(queued, 0);
 
     // It is made once the other one's files are gone.
-    sqlx::query("delete from node_files where node_id = $1").bind(&merged).execute(&app.pool).await.unwrap();
+    sqlx::query("update nodes set deleted_at = now() where id = $1").bind(&merged).execute(&app.pool).await.unwrap();
     given_task(&app, &chain.first, "materialize").await;
+}
+
+/// What a worker computes with.
+fn numerics() -> Value {
+    json!({"device": "cpu", "cpu_capability": "", "num_threads": 1, "libtorch": "2", "trainer": "0"})
 }
 
 async fn claim(app: &TestApp, kind: WorkKind) -> Lease {
     let id = WorkerId::new();
     let offer = Offer { device: Device::Cpu, num_gpus: 0, memory_bytes: None, bf16_speedup: None };
-    workers::register(&app.pool, &id, "test", &offer).await.unwrap();
+    let numerics = serde_json::from_value(numerics()).unwrap();
+    workers::register(&app.pool, &id, "test", &offer, &numerics).await.unwrap();
     let mut connection = app.pool.acquire().await.unwrap();
     leases::claim(&mut connection, &id, kind, Device::Cpu, 0, 30.0).await.unwrap().expect("something is queued")
 }
@@ -232,7 +238,7 @@ async fn a_worker_that_lost_its_lease_makes_no_checkpoint(pool: PgPool) {
     assert_eq!((task.step, task.number), (30, 2));
 
     leases::expire_all(&app.pool).await.unwrap();
-    assert_eq!(recovery::requeue_expired(&app.pool).await.unwrap(), 1);
+    assert_eq!(recovery::requeue_expired(&app.pool, 0.0).await.unwrap(), 1);
 
     assert_eq!(find(&app, &id).await["state"], "queued");
     let lost = upkeep::complete_materialize(&app.pool, &zombie, &task, &[]).await;
@@ -295,11 +301,11 @@ impl Worker {
     fn start(app: &TestApp, rebuild: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let trainer = folder.path().join("trainer");
-        let script = format!(
-            "#!/bin/sh\nset -eu\nif [ \"$1\" = --probe ]; then\n\
-             echo '{{\"device\":\"cpu\",\"num_gpus\":0,\"memory_bytes\":null,\"bf16_speedup\":null,\"gpu_problem\":null}}'\n\
-             exit; fi\n{rebuild}\n"
-        );
+        let probe = json!({
+            "device": "cpu", "num_gpus": 0, "memory_bytes": null, "bf16_speedup": null, "gpu_problem": null,
+            "numerics": numerics(),
+        });
+        let script = format!("#!/bin/sh\nset -eu\nif [ \"$1\" = --probe ]; then echo '{probe}'; exit; fi\n{rebuild}\n");
         write_executable(&trainer, &script);
         let config = AgentConfig {
             name: "test".into(),
@@ -308,6 +314,10 @@ impl Worker {
             trainer_threads: 1,
             lease_s: 30,
             stop_grace_s: 1,
+            max_outage_s: 60,
+            visible_gpus: None,
+            max_local_bytes: None,
+            checkpoint_lag_s: 60,
         };
         let shutdown = Shutdown::new();
         tokio::spawn(worker::run(config, app.pool.clone(), app.store.clone(), shutdown.clone()));

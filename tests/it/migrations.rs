@@ -4,7 +4,8 @@ use relora::{
     db::MIGRATOR,
     domain::contract::FORMAT_VERSION,
     domain::spec::{
-        FrozenWeights, MemorySpec, MergedWeights, MethodSpec, MicroBatch, OptimizerReset, Recompute, TrainSpec,
+        CheckpointsSpec, FrozenWeights, MemorySpec, MergedWeights, MethodSpec, MicroBatch, OptimizerReset, Recompute,
+        TrainSpec,
     },
 };
 use serde_json::{Value, json};
@@ -88,6 +89,9 @@ async fn specs_of_the_first_version_gain_the_settings_that_came_later(pool: PgPo
             merged_weights: MergedWeights::Auto,
         };
         assert_eq!((spec.memory, spec.batch.micro_batch_seqs), (memory, MicroBatch::Seqs(8)));
+        let keep_all =
+            CheckpointsSpec { every_steps: 100, keep_last: None, keep_every_steps: None, keep_best: None, ttl_s: None };
+        assert_eq!(spec.checkpoints, keep_all);
     }
     let versions: Vec<i64> =
         sqlx::query_scalar("select format_version from work_items").fetch_all(&pool).await.unwrap();

@@ -11,7 +11,7 @@ use relora::{
         workers,
     },
     domain::{
-        contract::{Fingerprint, NodeReport, StepReport},
+        contract::{Fingerprint, NodeReport, Numerics, StepReport},
         ids::{JobId, WorkerId},
         job::{Failure, FailureKind},
         lineage::NodeKind,
@@ -22,15 +22,25 @@ use relora::{
 use serde_json::json;
 use sqlx::PgPool;
 
-async fn worker(pool: &PgPool) -> WorkerId {
+pub async fn worker(pool: &PgPool) -> WorkerId {
     let id = WorkerId::new();
     let offer = Offer { device: Device::Cpu, num_gpus: 0, memory_bytes: Some(1 << 34), bf16_speedup: Some(0.5) };
-    workers::register(pool, &id, "test", &offer).await.unwrap();
+    workers::register(pool, &id, "test", &offer, &numerics("cpu")).await.unwrap();
     id
 }
 
+fn numerics(device: &str) -> Numerics {
+    Numerics {
+        device: device.into(),
+        cpu_capability: String::new(),
+        num_threads: 1,
+        libtorch: "2".into(),
+        trainer: "0".into(),
+    }
+}
+
 /// A project with a ready tokenization.
-async fn project(pool: &PgPool, tokenization_state: &str) {
+pub async fn project(pool: &PgPool, tokenization_state: &str) {
     let statements = [
         "insert into projects (id, name) values ('p', 'p')".to_owned(),
         "insert into datasets (id, project_id, name) values ('d', 'p', 'd')".to_owned(),
@@ -46,7 +56,7 @@ async fn project(pool: &PgPool, tokenization_state: &str) {
     }
 }
 
-async fn job(pool: &PgPool, name: &str, priority: i64) -> JobId {
+pub async fn job(pool: &PgPool, name: &str, priority: i64) -> JobId {
     let (request, _) = TrainSpecRequest::parse(json!({
         "dataset": "d",
         "model": {"preset": "llama-9m"},
@@ -81,17 +91,17 @@ async fn job(pool: &PgPool, name: &str, priority: i64) -> JobId {
     JobId::from(name.to_owned())
 }
 
-async fn claim(pool: &PgPool, worker: &WorkerId) -> Option<Lease> {
+pub async fn claim(pool: &PgPool, worker: &WorkerId) -> Option<Lease> {
     let mut connection = pool.acquire().await.unwrap();
     leases::claim(&mut connection, worker, WorkKind::Train, Device::Cpu, 0, 30.0).await.unwrap()
 }
 
-async fn begin(pool: &PgPool, lease: &Lease) -> training::Training {
+pub async fn begin(pool: &PgPool, lease: &Lease) -> training::Training {
     let mut connection = pool.acquire().await.unwrap();
     training::begin_attempt(&mut connection, lease).await.unwrap()
 }
 
-async fn state(pool: &PgPool, job: &JobId) -> String {
+pub async fn state(pool: &PgPool, job: &JobId) -> String {
     sqlx::query_scalar("select state from jobs where id = $1").bind(job.as_str()).fetch_one(pool).await.unwrap()
 }
 
@@ -99,21 +109,21 @@ async fn run_out(pool: &PgPool) {
     leases::expire_all(pool).await.unwrap();
 }
 
-fn node(kind: NodeKind, step: i64) -> NodeReport {
+pub fn node(kind: NodeKind, step: i64) -> NodeReport {
     NodeReport { kind, step, restart: 0, files: vec![], stall_ms: 0, update_norms: BTreeMap::new() }
 }
 
-async fn commit(pool: &PgPool, lease: &Lease, job: &JobId, report: NodeReport) -> Result<(), WriteError> {
+pub async fn commit(pool: &PgPool, lease: &Lease, job: &JobId, report: NodeReport) -> Result<(), WriteError> {
     let file = StoredFile {
         name: "f".into(),
         object_key: format!("{}-{:?}-{}", lease.lease_epoch, report.kind, report.step),
         size_bytes: 1,
         sha256: "0".repeat(64),
     };
-    nodes::commit(pool, lease, &"p".to_owned().into(), job, &report, &[file]).await
+    nodes::commit(pool, lease, &"p".to_owned().into(), job, &report, &[file], 0.0).await
 }
 
-fn step(step: i64) -> StepReport {
+pub fn step(step: i64) -> StepReport {
     StepReport {
         step,
         loss: step as f64,
@@ -178,7 +188,7 @@ async fn an_expired_lease_that_nobody_took_is_renewed(pool: PgPool) {
     let lease = claim(&pool, &worker(&pool).await).await.unwrap();
     run_out(&pool).await;
     leases::heartbeat(&pool, &lease, 30.0).await.unwrap();
-    assert_eq!(recovery::requeue_expired(&pool).await.unwrap(), 0);
+    assert_eq!(recovery::requeue_expired(&pool, 0.0).await.unwrap(), 0);
 }
 
 #[sqlx::test(migrations = "./migrations")]
@@ -189,7 +199,7 @@ async fn a_worker_that_lost_its_lease_can_write_nothing(pool: PgPool) {
     let zombie = claim(&pool, &worker).await.unwrap();
     begin(&pool, &zombie).await;
     run_out(&pool).await;
-    assert_eq!(recovery::requeue_expired(&pool).await.unwrap(), 1);
+    assert_eq!(recovery::requeue_expired(&pool, 0.0).await.unwrap(), 1);
     assert_eq!(state(&pool, &job).await, "queued");
     let lease = claim(&pool, &worker).await.unwrap();
     assert_eq!(lease.lease_epoch, zombie.lease_epoch + 1);
@@ -223,7 +233,7 @@ async fn another_attempt_goes_on_from_the_last_state_and_supersedes_what_came_af
     commit(&pool, &first, &job, node(NodeKind::Checkpoint, 20)).await.unwrap();
     training::append_steps(&pool, &first, &job, &(1..=25).map(step).collect::<Vec<_>>()).await.unwrap();
     run_out(&pool).await;
-    recovery::requeue_expired(&pool).await.unwrap();
+    recovery::requeue_expired(&pool, 0.0).await.unwrap();
 
     let second = claim(&pool, &worker).await.unwrap();
     let resume = begin(&pool, &second).await.resume.unwrap();
@@ -251,14 +261,7 @@ async fn what_the_first_attempt_chose_holds_for_all_that_follow(pool: PgPool) {
         assert_eq!(training.choices, earlier);
         assert_eq!(training.settled_spec().choices(), earlier);
         assert_eq!(training.spec.choices(), None, "the spec stays as it was submitted");
-        let fingerprint = Fingerprint {
-            device: "cpu".into(),
-            cpu_capability: String::new(),
-            num_threads: 1,
-            libtorch: "2".into(),
-            trainer: "0".into(),
-            micro_batch_seqs,
-        };
+        let fingerprint = Fingerprint { numerics: numerics("cpu"), micro_batch_seqs };
         training::mark_running(&pool, &lease, &job, &fingerprint, &chosen(micro_batch_seqs)).await.unwrap();
         training::finish(&pool, &lease, &TrainingEnd::Released).await.unwrap();
     }
@@ -308,9 +311,12 @@ async fn only_the_newest_states_are_kept_and_shared_objects_outlive_them(pool: P
         };
         let files = [file("state", format!("state-{step}")), file("frozen", "frozen".into())];
         let report = node(NodeKind::State, step);
-        nodes::commit(&pool, &lease, &"p".to_owned().into(), &job, &report, &files).await.unwrap();
+        nodes::commit(&pool, &lease, &"p".to_owned().into(), &job, &report, &files, 0.0).await.unwrap();
     }
     let mut unnamed = nodes::drop_old_states(&pool, &lease, &job, 2).await.unwrap();
     unnamed.sort();
     assert_eq!(unnamed, ["state-10", "state-20"]);
+    let queued: Vec<String> =
+        sqlx::query_scalar("select object_key from deleted_objects order by 1").fetch_all(&pool).await.unwrap();
+    assert_eq!(queued, unnamed, "a worker that is killed before it deletes them leaves them to the collector");
 }

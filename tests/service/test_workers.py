@@ -10,19 +10,19 @@ from local_server import RELORA
 class Worker:
     """A `relora worker` of its own, on the database and store of a server."""
 
-    def __init__(self, service, name):
+    def __init__(self, service, name, **settings):
         access = json.loads((service.data_dir / "s3" / "access.json").read_text())
         socket = service.data_dir / "postgres" / "socket"
-        env = service.env | {
+        self.env = service.env | {
             "DATABASE_URL": f"postgres://relora@localhost/postgres?host={socket}",
             "S3_ENDPOINT": f"http://127.0.0.1:{access['port']}",
             "AWS_ACCESS_KEY_ID": access["access_key_id"],
             "AWS_SECRET_ACCESS_KEY": access["secret_access_key"],
             "RELORA_WORKER_NAME": name,
             "RELORA_WORK_DIR": str(service.data_dir / name),
-        }
+        } | settings
         self.log = open(service.folder / f"{name}.log", "wb")
-        self.process = subprocess.Popen([RELORA, "worker"], env=env, stdout=self.log, stderr=self.log)
+        self.process = subprocess.Popen([RELORA, "worker"], env=self.env, stdout=self.log, stderr=self.log)
 
     def kill(self):
         self.process.kill()

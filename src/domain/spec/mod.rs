@@ -4,6 +4,7 @@
 //! Holding a [`TrainSpec`] is the proof that it was checked: nothing below re-checks or fills in.
 
 pub(in crate::domain) mod check;
+mod fork;
 mod init;
 mod memory;
 mod method;
@@ -20,6 +21,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+pub use fork::fork_of;
 pub use init::InitFacts;
 pub use memory::{AutoKeyword, Choices, FrozenWeights, MemorySpec, MergedPlan, MergedWeights, MicroBatch, Recompute};
 pub use method::{
@@ -58,6 +60,8 @@ pub struct TrainSpec {
     pub priority: i64,
     pub labels: BTreeMap<String, String>,
     pub max_runtime_s: Option<i64>,
+    pub max_stall_s: i64,
+    pub retries: RetriesSpec,
 }
 
 impl TrainSpec {
@@ -181,6 +185,14 @@ pub struct EvalSpec {
 pub struct CheckpointsSpec {
     /// Updates between merged checkpoints; one more at the wrap and at the end.
     pub every_steps: i64,
+    /// How many of the newest are kept; null for all.
+    pub keep_last: Option<i64>,
+    /// Beside the newest, those whose step is a multiple of this.
+    pub keep_every_steps: Option<i64>,
+    /// Beside the newest, as many with the lowest evaluation loss at their step.
+    pub keep_best: Option<i64>,
+    /// Seconds after which one goes in any case, unless it is pinned or the newest; null for never.
+    pub ttl_s: Option<i64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -188,6 +200,16 @@ pub struct CheckpointsSpec {
 pub struct ResourcesSpec {
     pub device: Device,
     pub num_gpus: i64,
+}
+
+/// How often a job is tried again after an attempt has failed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RetriesSpec {
+    /// In a row, without a newer state in between, where neither the job nor its data is at fault.
+    pub infrastructure: i64,
+    /// In the whole job, after every other failure.
+    pub user: i64,
 }
 
 /// The device that a job asks for.

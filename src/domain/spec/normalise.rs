@@ -2,11 +2,13 @@
 
 use super::{
     BatchSpec, CheckpointsSpec, EvalSpec, FrozenWeights, MemorySpec, MergedWeights, MicroBatch, ModelSpec,
-    OptimizerSpec, Precision, Recompute, ResourcesSpec, ScheduleSpec, TrainSpec, TrainSpecRequest,
+    OptimizerSpec, Precision, Recompute, ResourcesSpec, RetriesSpec, ScheduleSpec, TrainSpec, TrainSpecRequest,
     check::{Bounds, Check, MAX_INTEGER, MAX_STEPS},
     normalise_method::fill_in_method,
     presets::{self, PRESETS},
-    request::{BatchRequest, MemoryRequest, MethodType, ModelRequest, OptimizerRequest},
+    request::{
+        BatchRequest, CheckpointsRequest, MemoryRequest, MethodType, ModelRequest, OptimizerRequest, RetriesRequest,
+    },
 };
 use crate::domain::{
     ids::{DatasetId, TokenizationId},
@@ -95,19 +97,14 @@ impl TrainSpecRequest {
                 max_tokens: check.integer("/eval/max_tokens", eval.max_tokens.unwrap_or(10_000_000), 1, MAX_INTEGER),
                 prompts,
             },
-            checkpoints: CheckpointsSpec {
-                every_steps: check.integer(
-                    "/checkpoints/every_steps",
-                    self.checkpoints.as_ref().and_then(|c| c.every_steps).unwrap_or(1_000),
-                    1,
-                    MAX_STEPS,
-                ),
-            },
+            checkpoints: fill_in_checkpoints(check, &self.checkpoints.clone().unwrap_or_default()),
             state_every_s: check.integer("/state_every_s", self.state_every_s.unwrap_or(60), 1, 86_400),
             resources: ResourcesSpec { device: resources.device.unwrap_or(super::Device::Auto), num_gpus },
             priority: check.integer("/priority", self.priority.unwrap_or(0), -1_000, 1_000),
             labels,
             max_runtime_s: self.max_runtime_s.map(|s| check.integer("/max_runtime_s", s, 1, MAX_INTEGER)),
+            max_stall_s: check.integer("/max_stall_s", self.max_stall_s.unwrap_or(900), 1, 86_400),
+            retries: fill_in_retries(check, &self.retries.clone().unwrap_or_default()),
             model,
             method,
             schedule,
@@ -124,6 +121,13 @@ impl TrainSpecRequest {
         let min_lr_frac = request.min_lr_frac.unwrap_or(0.1);
         check.number("/schedule/min_lr_frac", min_lr_frac, Bounds::OpenClosed(0.0, 1.0));
         ScheduleSpec { num_steps, warmup_steps, min_lr_frac }
+    }
+}
+
+fn fill_in_retries(check: &mut Check, request: &RetriesRequest) -> RetriesSpec {
+    RetriesSpec {
+        infrastructure: check.integer("/retries/infrastructure", request.infrastructure.unwrap_or(5), 0, 1_000),
+        user: check.integer("/retries/user", request.user.unwrap_or(0), 0, 1_000),
     }
 }
 
@@ -266,6 +270,31 @@ fn fill_in_memory(check: &mut Check, request: &MemoryRequest, method: Option<Met
             "/memory/merged_weights",
             "excludes quantised frozen weights: resident would keep all of them unquantised; take scratch or auto",
         );
+    }
+    spec
+}
+
+fn fill_in_checkpoints(check: &mut Check, request: &CheckpointsRequest) -> CheckpointsSpec {
+    let every_steps = check.integer("/checkpoints/every_steps", request.every_steps.unwrap_or(1_000), 1, MAX_STEPS);
+    let mut optional = |name: &str, value: Option<i64>, max: i64| {
+        value.map(|value| check.integer(&format!("/checkpoints/{name}"), value, 1, max))
+    };
+    let spec = CheckpointsSpec {
+        every_steps,
+        keep_last: optional("keep_last", request.keep_last, MAX_STEPS),
+        keep_every_steps: optional("keep_every_steps", request.keep_every_steps, MAX_STEPS),
+        keep_best: optional("keep_best", request.keep_best, MAX_STEPS),
+        ttl_s: optional("ttl_s", request.ttl_s, MAX_INTEGER),
+    };
+    for (name, value) in [("keep_every_steps", spec.keep_every_steps), ("keep_best", spec.keep_best)] {
+        if value.is_some() && spec.keep_last.is_none() {
+            check.problem(format!("/checkpoints/{name}"), "needs a keep_last beside it: without one all are kept");
+        }
+    }
+    if let Some(keep) = request.keep_every_steps.filter(|&keep| keep > 0 && keep % every_steps != 0) {
+        let message =
+            format!("{keep} is no multiple of every_steps {every_steps}: there is no checkpoint at such a step");
+        check.problem("/checkpoints/keep_every_steps", message);
     }
     spec
 }

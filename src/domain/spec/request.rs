@@ -55,6 +55,19 @@ pub struct TrainSpecRequest {
     pub labels: Option<BTreeMap<String, String>>,
     /// The job fails with `timeout` after this many seconds of running; no limit by default.
     pub max_runtime_s: Option<i64>,
+    /// An attempt that says nothing for so many seconds fails with `stalled`; 900 by default.
+    pub max_stall_s: Option<i64>,
+    pub retries: Option<RetriesRequest>,
+}
+
+/// How often a job is tried again after an attempt has failed.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RetriesRequest {
+    /// After failures of the infrastructure, in a row and without a newer state in between; 5 by default.
+    pub infrastructure: Option<i64>,
+    /// After failures of other kinds, in the whole job; 0 by default.
+    pub user: Option<i64>,
 }
 
 /// Either a preset or all sizes; a size given beside a preset replaces the preset's.
@@ -243,6 +256,14 @@ pub struct EvalRequest {
 pub struct CheckpointsRequest {
     /// 1000 by default.
     pub every_steps: Option<i64>,
+    /// How many of the newest are kept; all by default. The newest one and pinned ones stay in any case.
+    pub keep_last: Option<i64>,
+    /// With `keep_last`, beside the newest: those whose step is a multiple of this.
+    pub keep_every_steps: Option<i64>,
+    /// With `keep_last`, beside the newest: as many with the lowest evaluation loss at their step.
+    pub keep_best: Option<i64>,
+    /// Seconds after which one goes in any case, unless it is pinned or the newest; never by default.
+    pub ttl_s: Option<i64>,
 }
 
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]

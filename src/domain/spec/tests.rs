@@ -254,6 +254,28 @@ fn a_rank_that_gains_nothing_is_a_warning_and_no_error() {
 }
 
 #[test]
+fn without_a_policy_all_checkpoints_are_kept_and_a_policy_must_make_sense() {
+    let spec = |checkpoints: Value| normalise(with("/checkpoints", checkpoints));
+    let all =
+        json!({"every_steps": 1000, "keep_last": null, "keep_every_steps": null, "keep_best": null, "ttl_s": null});
+    assert_eq!(serde_json::to_value(normalise(good()).unwrap().0.checkpoints).unwrap(), all);
+
+    let policy = json!({"every_steps": 100, "keep_last": 3, "keep_every_steps": 500, "keep_best": 2, "ttl_s": 86400});
+    let (given, warnings) = spec(policy.clone()).unwrap();
+    assert_eq!(serde_json::to_value(given.checkpoints).unwrap(), policy);
+    assert!(warnings.iter().any(|warning| warning.starts_with("/checkpoints/keep_best")), "{warnings:?}");
+
+    let refused = |checkpoints: Value| pointers(with("/checkpoints", checkpoints));
+    assert_eq!(
+        refused(json!({"keep_last": 0, "keep_every_steps": 0, "keep_best": -1, "ttl_s": 0})),
+        ["/checkpoints/keep_best", "/checkpoints/keep_every_steps", "/checkpoints/keep_last", "/checkpoints/ttl_s"]
+    );
+    assert_eq!(refused(json!({"keep_best": 2})), ["/checkpoints/keep_best"]);
+    let odd = json!({"every_steps": 100, "keep_last": 1, "keep_every_steps": 250});
+    assert_eq!(refused(odd), ["/checkpoints/keep_every_steps"]);
+}
+
+#[test]
 fn names_that_the_database_cannot_hold_are_refused() {
     for bad in [with("/name", json!("a\u{0}b")), with("/labels", json!({"a\u{0}": "b"}))] {
         assert_eq!(TrainSpecRequest::parse(bad).1.len(), 1);

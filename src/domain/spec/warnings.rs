@@ -9,6 +9,7 @@ impl TrainSpec {
             warnings.extend(rank_warnings(factors.rank, factors.target_shapes(&self.model).collect()));
         }
         warnings.extend(self.method.relora().and_then(cycle_warning));
+        warnings.extend(keep_best_warning(self));
         warnings
     }
 }
@@ -42,6 +43,16 @@ fn cycle_warning(relora: &ReloraSpec) -> Option<String> {
         format!(
             "/method/restart_warmup_steps: a cycle of {cycle} steps spends more than a tenth of its steps in the \
              learning-rate warm-up of {warmup} steps"
+        )
+    })
+}
+
+fn keep_best_warning(spec: &TrainSpec) -> Option<String> {
+    let (stored, evaluated) = (spec.checkpoints.every_steps, spec.eval.every_steps);
+    (spec.checkpoints.keep_best.is_some() && stored % evaluated != 0).then(|| {
+        format!(
+            "/checkpoints/keep_best: with a checkpoint every {stored} steps and an evaluation every {evaluated}, some \
+             checkpoints have no evaluation at their step; those are never among the best"
         )
     })
 }

@@ -4,7 +4,8 @@
 //! - a completion that has begun ends, also if the client goes away: interrupted, it would have consumed
 //!   parts that no request can remove;
 //! - a write that would leave too little free disk is refused;
-//! - keys that do not fit into a file's name, or name another file than they seem to, are refused.
+//! - keys that do not fit into a file's name, or name another file than they seem to, are refused;
+//! - listings, of objects in pages and of open uploads (`listing`).
 
 use std::{
     fs::File,
@@ -24,7 +25,8 @@ use s3s::{
         AbortMultipartUploadInput, AbortMultipartUploadOutput, CompleteMultipartUploadInput,
         CompleteMultipartUploadOutput, CreateMultipartUploadInput, CreateMultipartUploadOutput, DeleteObjectInput,
         DeleteObjectOutput, DeleteObjectsInput, DeleteObjectsOutput, GetObjectInput, GetObjectOutput, HeadBucketInput,
-        HeadBucketOutput, HeadObjectInput, HeadObjectOutput, PutObjectInput, PutObjectOutput, Range, StreamingBlob,
+        HeadBucketOutput, HeadObjectInput, HeadObjectOutput, ListMultipartUploadsInput, ListMultipartUploadsOutput,
+        ListObjectsV2Input, ListObjectsV2Output, PutObjectInput, PutObjectOutput, Range, StreamingBlob,
         UploadPartInput, UploadPartOutput,
     },
 };
@@ -32,6 +34,7 @@ use s3s_fs::FileSystem;
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio_util::io::ReaderStream;
 
+use super::listing;
 use crate::storage::{LOW_DISK_SPACE, MAX_KEY_BYTES};
 
 const READ_BYTES: usize = 256 << 10;
@@ -72,8 +75,16 @@ impl DurableFiles {
 
     /// Writes an object through to the disk, with what describes it and the folders that lead to it.
     async fn sync(&self, bucket: String, key: String) -> S3Result<()> {
+        self.on_disk(move |root| sync_object(root, &bucket, &key)).await
+    }
+
+    async fn on_disk<T, F>(&self, work: F) -> S3Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Path) -> io::Result<T> + Send + 'static,
+    {
         let root = self.root.clone();
-        tokio::task::spawn_blocking(move || sync_object(&root, &bucket, &key))
+        tokio::task::spawn_blocking(move || work(&root))
             .await
             .map_err(S3Error::internal_error)?
             .map_err(S3Error::internal_error)
@@ -127,6 +138,13 @@ pub(super) fn described_object(name: &str) -> Option<(String, String)> {
     let (bucket, key) = name.strip_prefix(".bucket-")?.split_once(".object-")?;
     let decode = |text: &str| String::from_utf8(URL_SAFE_NO_PAD.decode(text).ok()?).ok();
     Some((decode(bucket)?, decode(key)?))
+}
+
+/// The open upload that a description of `s3s-fs` belongs to, as bucket, key and identifier.
+pub(super) fn described_upload(name: &str) -> Option<(String, String, String)> {
+    let (object, id) = name.strip_suffix(".metadata.json")?.rsplit_once(".upload-")?;
+    let (bucket, key) = described_object(&format!("{object}.metadata.json"))?;
+    Some((bucket, key, id.to_owned()))
 }
 
 #[async_trait::async_trait]
@@ -199,5 +217,48 @@ impl S3 for DurableFiles {
 
     async fn delete_objects(&self, req: S3Request<DeleteObjectsInput>) -> S3Result<S3Response<DeleteObjectsOutput>> {
         self.files.delete_objects(req).await
+    }
+
+    /// Pages of 1000 keys. Listings by folders are left to `s3s-fs`: nothing here asks for them.
+    async fn list_objects_v2(&self, req: S3Request<ListObjectsV2Input>) -> S3Result<S3Response<ListObjectsV2Output>> {
+        if req.input.delimiter.is_some() {
+            return self.files.list_objects_v2(req).await;
+        }
+        let ListObjectsV2Input { bucket, prefix, start_after, continuation_token, max_keys, .. } = req.input;
+        let max = usize::try_from(max_keys.unwrap_or(1000)).unwrap_or_default().min(1000);
+        let after = start_after.clone().max(continuation_token.clone()).unwrap_or_default();
+        let (folder, begin) = (bucket.clone(), prefix.clone().unwrap_or_default());
+        let (objects, is_truncated) =
+            self.on_disk(move |root| listing::objects(&root.join(folder), &begin, &after, max)).await?;
+        let last_key = objects.last().and_then(|object| object.key.clone());
+        Ok(S3Response::new(ListObjectsV2Output {
+            name: Some(bucket),
+            prefix,
+            start_after,
+            continuation_token,
+            max_keys,
+            key_count: i32::try_from(objects.len()).ok(),
+            is_truncated: Some(is_truncated),
+            next_continuation_token: last_key.filter(|_| is_truncated),
+            contents: Some(objects),
+            ..ListObjectsV2Output::default()
+        }))
+    }
+
+    /// In one page: a process has few uploads open.
+    async fn list_multipart_uploads(
+        &self,
+        req: S3Request<ListMultipartUploadsInput>,
+    ) -> S3Result<S3Response<ListMultipartUploadsOutput>> {
+        let ListMultipartUploadsInput { bucket, prefix, .. } = req.input;
+        let (of_bucket, begin) = (bucket.clone(), prefix.clone().unwrap_or_default());
+        let uploads = self.on_disk(move |root| listing::uploads(root, &of_bucket, &begin)).await?;
+        Ok(S3Response::new(ListMultipartUploadsOutput {
+            bucket: Some(bucket),
+            prefix,
+            is_truncated: Some(false),
+            uploads: Some(uploads),
+            ..ListMultipartUploadsOutput::default()
+        }))
     }
 }

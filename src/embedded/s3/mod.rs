@@ -4,6 +4,7 @@
 //! server finds it again.
 
 mod durable;
+mod listing;
 mod recovery;
 #[cfg(test)]
 mod tests;

@@ -116,3 +116,32 @@ async fn text_is_tokenized_with_the_tokenizer_of_a_checkpoint(pool: PgPool) {
         assert!(answer.text().contains(says), "{}", answer.text());
     }
 }
+
+#[sqlx::test]
+async fn an_import_is_deleted_once_no_work_needs_it_and_nothing_begins_with_it_then(pool: PgPool) {
+    let app = TestApp::start(pool).await;
+    let id = given_import(&app).await;
+    let path = format!("/v1/checkpoints/{id}");
+    let dataset = app.given_dataset("some text").await;
+    let request = json!({"dataset": dataset, "tokenizer_checkpoint": id});
+    let tokenization = app.create_tokenization(&request).await.id();
+    let mut spec = spec_from(&dataset, &id);
+    spec["batch"]["sequence_length"] = json!(2);
+    let job = app.create_job(&spec).await.id();
+
+    let (_, detail) = app.delete(&path).await.problem(409);
+    assert!(detail.contains(&tokenization) && detail.contains(&job), "{detail}");
+    let unnamed = app.post("/v1/checkpoints/delete", &json!({"older_than_s": 0})).await.json();
+    assert_eq!((&unnamed["num_deleted"], &unnamed["refused"]), (&json!(0), &json!([])), "imports go by name alone");
+    assert_eq!(app.cancel_job(&job).await.status, 202);
+    sqlx::query("update tokenizations set state = 'ready', train_tokens = 90, valid_tokens = 9")
+        .execute(&app.pool)
+        .await
+        .unwrap();
+
+    assert_eq!(app.delete(&path).await.status, 204);
+    assert_eq!(app.create_job(&spec).await.pointers(), ["/init_checkpoint"]);
+    assert_eq!(app.create_tokenization(&request).await.pointers(), ["/tokenizer_checkpoint"]);
+    relora::worker::collect::delete_queued(&app.pool, &app.store).await.unwrap();
+    assert!(!app.stored_objects().iter().any(|path| path.contains("/i/")), "{:?}", app.stored_objects());
+}
