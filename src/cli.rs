@@ -62,7 +62,7 @@ enum Command {
     /// The full weights that the deltas of a job add to.
     Base(Client<client::node::Command>),
     /// The delta of every restart of a job.
-    Restart(Client<client::node::Command>),
+    Restart(Client<client::restart::Command>),
     /// The merged weights of a job, and checkpoints from outside.
     Checkpoint(Client<client::checkpoint::Command>),
     /// What is stored, and how much of it.
@@ -232,19 +232,20 @@ async fn run(command: Command) -> anyhow::Result<Outcome> {
             let (http, command) = client.connect()?;
             client::job::run(&http, command).await
         }
-        Command::Base(client) => run_node("bases", client).await,
-        Command::Restart(client) => run_node("restarts", client).await,
+        Command::Base(client) => {
+            let (http, command) = client.connect()?;
+            client::node::run(&http, "bases", command).await
+        }
+        Command::Restart(client) => {
+            let (http, command) = client.connect()?;
+            client::restart::run(&http, command).await
+        }
         Command::Checkpoint(client) => {
             let (http, command) = client.connect()?;
             client::checkpoint::run(&http, command).await
         }
         Command::Usage { server, json } => client::usage::show(&server.connect()?, json).await,
     }
-}
-
-async fn run_node(collection: &str, client: Client<client::node::Command>) -> anyhow::Result<Outcome> {
-    let (http, command) = client.connect()?;
-    client::node::run(&http, collection, command).await
 }
 
 /// Whoever read our output has had enough, as `head` has: no error.

@@ -29,6 +29,7 @@ use super::{auth::Caller, error::ProblemDetails, responses::CallerErrors, router
         (name = "jobs", description = "Training jobs"),
         (name = "bases", description = "Full weights where the low-rank training began"),
         (name = "restarts", description = "The LoRA delta of each cycle"),
+        (name = "lineage tasks", description = "Restarts that are checked, and weights that are rebuilt"),
         (name = "checkpoints", description = "Full weights: merged by jobs, or from outside"),
         (name = "usage", description = "What is stored"),
         (name = "health", description = "Probes"),

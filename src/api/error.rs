@@ -60,6 +60,8 @@ pub enum ApiError {
     Deleted(&'static str),
     #[error("a worker is busy with it; wait until it is done")]
     Busy,
+    #[error("a later attempt on the job went on from before the restart, which is no part of the lineage any more")]
+    Superseded,
     #[error("the job is {}, and goes on from what it has stored; cancel it first, or wait for its end", state_name(*.0))]
     JobNotFinished(JobState),
     #[error("the job is {} already", state_name(*.0))]
@@ -123,6 +125,7 @@ impl ApiError {
             Self::Deleted(_) => (StatusCode::GONE, "deleted"),
             Self::JobNotFinished(_) => (StatusCode::CONFLICT, "job_not_finished"),
             Self::Busy => (StatusCode::CONFLICT, "busy"),
+            Self::Superseded => (StatusCode::CONFLICT, "superseded"),
             Self::JobFinished(_) => (StatusCode::CONFLICT, "job_finished"),
             Self::WrongJobState(_) => (StatusCode::CONFLICT, "wrong_job_state"),
             Self::NothingToGoOnFrom => (StatusCode::CONFLICT, "nothing_to_go_on_from"),

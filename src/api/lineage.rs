@@ -45,12 +45,14 @@ pub struct Node {
     step: i64,
     /// Of a restart its number from 1, of other nodes the restarts before it.
     restart: i64,
-    /// Null for a checkpoint that came from outside.
+    /// Null for a checkpoint that came from outside or was materialized.
     lease_epoch: Option<i64>,
     /// A later attempt went on from an earlier state: it is no part of the lineage any more.
     superseded: bool,
     /// It is not deleted until it is unpinned.
     pinned: bool,
+    /// A checkpoint that was rebuilt from a restart, its parent, when somebody asked for it.
+    materialized: bool,
     /// Of a restart: the Frobenius norm of the update that it merged, by kind of matrix.
     update_norms: Option<BTreeMap<Linear, f64>>,
     created_at: DateTime<Utc>,
@@ -199,6 +201,7 @@ fn response(row: NodeRow, files: &[NodeFileRow]) -> Node {
         superseded: row.superseded,
         pinned: row.pinned,
         deleted_at: row.deleted_at,
+        materialized: row.materialized,
         update_norms: row.update_norms.map(|norms| norms.0),
         created_at: row.created_at,
     }

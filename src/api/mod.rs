@@ -20,6 +20,7 @@ mod imports;
 mod job_commands;
 mod jobs;
 mod lineage;
+mod lineage_tasks;
 mod metrics;
 mod page;
 mod responses;

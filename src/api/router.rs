@@ -21,7 +21,8 @@ use super::{
     AppState, bases, checkpoints, datasets, deletion,
     document::{self, Document},
     error::{ApiError, write_problems},
-    events, extract, forks, health, imports, job_commands, jobs, metrics, restarts, tokenizations, usage,
+    events, extract, forks, health, imports, job_commands, jobs, lineage_tasks, metrics, restarts, tokenizations,
+    usage,
 };
 
 fn routes() -> OpenApiRouter<AppState> {
@@ -53,6 +54,10 @@ fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(restarts::find_restart))
         .routes(routes!(restarts::list_restart_files))
         .routes(routes!(restarts::download_restart_file))
+        .routes(routes!(lineage_tasks::materialize_restart))
+        .routes(routes!(lineage_tasks::verify_restart))
+        .routes(routes!(lineage_tasks::list_lineage_tasks))
+        .routes(routes!(lineage_tasks::find_lineage_task))
         .routes(routes!(checkpoints::list_checkpoints, imports::import_checkpoint))
         .routes(routes!(checkpoints::find_checkpoint, checkpoints::delete_checkpoint))
         .routes(routes!(checkpoints::pin_checkpoint, checkpoints::unpin_checkpoint))

@@ -16,6 +16,7 @@ fn main() -> ExitCode {
     match &arguments[..] {
         [flag] if flag == "--probe" => train::probe(),
         [flag, checkpoint, out] if flag == "--logits" => train::write_logits(checkpoint.as_ref(), out.as_ref()),
+        [flag, ..] if flag == "--rebuild" => train::RebuildArgs::parse_from(&arguments).run(),
         _ => train::run(&train::Args::parse()),
     }
 }

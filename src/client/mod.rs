@@ -5,6 +5,7 @@ pub mod checkpoint;
 pub mod dataset;
 pub mod job;
 pub mod node;
+pub mod restart;
 pub mod usage;
 
 mod deletion;

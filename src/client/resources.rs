@@ -1,13 +1,16 @@
 //! What this client reads of the server's answers. Fields that it has no use for are left out, so
 //! that a newer server, which may send more, is understood.
 
+use std::collections::BTreeMap;
+
 use chrono::{DateTime, Utc};
 use serde::Deserialize;
 use serde_json::Value;
 
 use crate::domain::{
-    ids::{DatasetId, JobId, NodeId, TokenizationId},
+    ids::{DatasetId, JobId, LineageTaskId, NodeId, TokenizationId},
     job::{Failure, JobState, WaitReason},
+    verification::Difference,
 };
 
 /// One page of a list.
@@ -95,6 +98,45 @@ pub struct Metric {
     pub step: i64,
     pub name: String,
     pub value: f64,
+}
+
+/// A restart that is checked, or whose weights are rebuilt.
+#[derive(Debug, Deserialize)]
+pub struct LineageTask {
+    pub id: LineageTaskId,
+    /// verify or materialize.
+    pub kind: String,
+    pub restart: NodeId,
+    pub state: LineageTaskState,
+    pub checkpoint: Option<NodeId>,
+    pub verification: Option<Verification>,
+    pub failure: Option<Failure>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LineageTaskState {
+    Queued,
+    Running,
+    Succeeded,
+    Failed,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct Verification {
+    pub is_sound: bool,
+    pub message: String,
+    #[serde(default)]
+    pub differences: BTreeMap<String, Difference>,
+    #[serde(default)]
+    pub files: Vec<CheckedFile>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct CheckedFile {
+    pub node: NodeId,
+    pub name: String,
+    pub problem: Option<String>,
 }
 
 /// A base, a restart or a checkpoint.

@@ -36,6 +36,8 @@ pub enum WriteError {
 pub enum WorkKind {
     Train,
     Ingest,
+    Verify,
+    Materialize,
 }
 
 impl WorkKind {
@@ -44,6 +46,8 @@ impl WorkKind {
         match self {
             Self::Train => "train",
             Self::Ingest => "ingest",
+            Self::Verify => "verify",
+            Self::Materialize => "materialize",
         }
     }
 }

@@ -23,6 +23,8 @@ pub struct NodeRow {
     pub restart: i64,
     pub lease_epoch: Option<i64>,
     pub superseded: bool,
+    /// Rebuilt from a restart, after its job had merged it.
+    pub materialized: bool,
     pub update_norms: Option<Json<BTreeMap<Linear, f64>>>,
     pub pinned: bool,
     pub created_at: DateTime<Utc>,
@@ -61,7 +63,8 @@ pub async fn list(
         r#"
         -- db::lineage::list
         select id as "id: NodeId", kind as "kind: NodeKind", job_id as "job: JobId", name,
-            parent_id as "parent: NodeId", step, restart, lease_epoch, superseded, pinned, created_at, deleted_at,
+            parent_id as "parent: NodeId", step, restart, lease_epoch, superseded, materialized, pinned, created_at,
+            deleted_at,
             update_norms as "update_norms: Json<BTreeMap<Linear, f64>>"
         from nodes
         where project_id = $1 and kind = $2

@@ -14,6 +14,7 @@ pub mod jobs;
 pub mod keys;
 pub mod leases;
 pub mod lineage;
+pub mod lineage_tasks;
 pub mod metrics;
 pub mod nodes;
 pub mod objects;
@@ -21,6 +22,7 @@ pub mod recovery;
 pub mod retention;
 pub mod tokenizations;
 pub mod training;
+pub mod upkeep;
 pub mod usage;
 pub mod workers;
 

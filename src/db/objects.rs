@@ -90,7 +90,8 @@ pub async fn find_orphans(pool: &PgPool, keys: &[String]) -> sqlx::Result<Vec<Or
                 from leases l
                 left join jobs j on j.work_item_id = l.work_item_id
                 left join tokenizations t on t.work_item_id = l.work_item_id
-                where l.lease_epoch::text = listed.lease_epoch and owner in (j.id, t.id)
+                left join lineage_tasks k on k.work_item_id = l.work_item_id
+                where l.lease_epoch::text = listed.lease_epoch and owner in (j.id, t.id, k.id)
             )
         order by key
         "#,

@@ -6,6 +6,7 @@ use super::{
     ingestion,
     leases::{self, Outcome, WriteError},
     training::{self, TrainingEnd},
+    upkeep,
 };
 use crate::domain::job::{Failure, FailureKind};
 
@@ -20,6 +21,8 @@ pub async fn requeue_expired(pool: &PgPool, grace_s: f64) -> Result<i64, WriteEr
         let failure = Failure::new(FailureKind::Infrastructure, "the worker was not heard of for a whole lease");
         if let Some(tokenization) = ingestion::find(&mut tx, &lease).await? {
             ingestion::settle(&mut tx, &lease, &tokenization, &failure, Outcome::LeaseExpired).await?;
+        } else if upkeep::owns(&mut tx, &lease).await? {
+            upkeep::settle(&mut tx, &lease, &failure, Outcome::LeaseExpired).await?;
         } else {
             let end = TrainingEnd::Failed(failure);
             training::settle(&mut tx, &lease, &end, Outcome::LeaseExpired).await?;

@@ -158,6 +158,10 @@ async fn find_blockers(connection: &mut PgConnection, nodes: &[String]) -> sqlx:
         from tokenizations
         where tokenizer_node_id = any($1) and state in ('queued', 'running')
         union all
+        select restart_id, 'has_task', id
+        from lineage_tasks
+        where restart_id = any($1) and state in ('queued', 'running')
+        union all
         -- A checkpoint is whole by itself; a base or a delta is part of what a descendant was made of.
         select parent.id, 'has_descendant', child.id
         from nodes parent
@@ -259,7 +263,7 @@ pub async fn list_policies(pool: &PgPool) -> sqlx::Result<Vec<Policy>> {
         where (j.spec #> '{checkpoints,keep_last}' <> 'null' or j.spec #> '{checkpoints,ttl_s}' <> 'null')
             and (
                 select count(*) from nodes n
-                where n.job_id = j.id and n.kind = 'checkpoint' and n.deleted_at is null
+                where n.job_id = j.id and n.kind = 'checkpoint' and n.deleted_at is null and not n.materialized
             ) > 1
         order by j.id
         "#,
@@ -298,7 +302,7 @@ async fn list_checkpoints(connection: &mut PgConnection, job: &JobId) -> sqlx::R
             ) as eval_loss,
             n.pinned, n.superseded
         from nodes n
-        where n.job_id = $1 and n.kind = 'checkpoint' and n.deleted_at is null
+        where n.job_id = $1 and n.kind = 'checkpoint' and n.deleted_at is null and not n.materialized
         order by n.id
         for update of n
         "#,

@@ -10,6 +10,7 @@ use super::{
     lineage::NodeKind,
     offer::Offer,
     spec::{Choices, Linear},
+    verification::Differences,
 };
 
 /// Version of this contract and of the state files. A worker claims only what its trainer understands.
@@ -113,6 +114,20 @@ pub struct NodeReport {
     /// Of a restart: the Frobenius norm of what it merged, by kind of matrix.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub update_norms: BTreeMap<Linear, f64>,
+}
+
+/// What a trainer that was asked to rebuild weights says at its end, on stdout.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "outcome", rename_all = "snake_case")]
+pub enum RebuildReport {
+    /// With how far the weights are from those that they were compared with, if they were compared.
+    Done {
+        differences: Differences,
+    },
+    Failed {
+        kind: FailureKind,
+        message: String,
+    },
 }
 
 /// Singular values of all matrices of a kind.

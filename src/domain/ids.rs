@@ -53,6 +53,9 @@ id!(JobId, "job");
 id!(
     /// A node of a lineage: a base, a restart, a checkpoint or a state.
     NodeId, "node");
+id!(
+    /// Work on a lineage that a user asked for.
+    LineageTaskId, "task");
 id!(WorkItemId, "work");
 id!(
     /// One incarnation of a worker process: a restarted worker is another one.

@@ -37,6 +37,8 @@ impl NodeKind {
 pub const MODEL_FILE: &str = "model.safetensors";
 /// A delta's factors and replaced parameters (the `peft` layout).
 pub const ADAPTER_FILE: &str = "adapter_model.safetensors";
+/// How a delta is applied.
+pub const ADAPTER_CONFIG_FILE: &str = "adapter_config.json";
 /// Every file of a node with its size and SHA-256.
 pub const MANIFEST_FILE: &str = "manifest.json";
 

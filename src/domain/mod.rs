@@ -13,3 +13,4 @@ pub mod problem;
 pub mod retention;
 pub mod schedule;
 pub mod spec;
+pub mod verification;

@@ -83,6 +83,8 @@ pub enum BlockReason {
     BeginsJob,
     /// The tokenization uses its tokenizer and is not done.
     Tokenizes,
+    /// The task verifies or materializes it and is not done.
+    HasTask,
     /// The node of another job has it as its parent.
     HasDescendant,
 }
@@ -106,6 +108,7 @@ impl fmt::Display for Blocker {
             BlockReason::Pinned => write!(f, "{node} is pinned; unpin it first"),
             BlockReason::BeginsJob => write!(f, "{user} begins with {node} and is not finished"),
             BlockReason::Tokenizes => write!(f, "{user} uses the tokenizer of {node} and is not done"),
+            BlockReason::HasTask => write!(f, "{user} works on {node} and is not done"),
             BlockReason::HasDescendant => write!(f, "{user}, of another job, has {node} as its parent"),
         }
     }

@@ -2,7 +2,7 @@
 
 use super::{Result, StorageError};
 use crate::domain::{
-    ids::{DatasetId, JobId, NodeId, TokenizationId},
+    ids::{DatasetId, JobId, LineageTaskId, NodeId, TokenizationId},
     lineage::{attempt_key, import_key},
 };
 
@@ -11,8 +11,8 @@ pub const MAX_KEY_BYTES: usize = 120;
 
 /// What the keys of jobs begin with.
 pub const JOBS_PREFIX: &str = "j/";
-/// What all other keys begin with: imports, tokenizations, datasets.
-pub const OTHER_PREFIXES: [&str; 3] = ["i/", "t/", "d/"];
+/// What all other keys begin with: imports, tokenizations, datasets, materialized checkpoints.
+pub const OTHER_PREFIXES: [&str; 4] = ["i/", "t/", "d/", "m/"];
 /// What `relora s3-check` writes and deletes again.
 pub(super) const CHECK_PREFIX: &str = "check/";
 
@@ -44,6 +44,11 @@ impl Key {
     /// A file of an imported checkpoint.
     pub fn import(node: &NodeId, name: &str) -> Self {
         Self(import_key(node, name))
+    }
+
+    /// A file of a checkpoint that a task rebuilt.
+    pub fn materialized(task: &LineageTaskId, lease_epoch: i64, name: &str) -> Self {
+        Self(format!("m/{task}/{lease_epoch}/{name}"))
     }
 
     /// The trainer's log of one attempt.
@@ -87,7 +92,7 @@ impl std::fmt::Display for Key {
 #[cfg(test)]
 mod tests {
     use super::{JOBS_PREFIX, Key, MAX_KEY_BYTES, OTHER_PREFIXES};
-    use crate::domain::ids::{DatasetId, JobId, NodeId, TokenizationId};
+    use crate::domain::ids::{DatasetId, JobId, LineageTaskId, NodeId, TokenizationId};
 
     #[test]
     fn the_longest_files_of_a_trainer_and_an_import_fit_below_the_longest_prefix() {
@@ -103,6 +108,7 @@ mod tests {
             Key::import(&NodeId::new(), "config.json"),
             Key::tokenization_file(&TokenizationId::new(), 1, "train.bin"),
             Key::dataset(&DatasetId::new(), "token"),
+            Key::materialized(&LineageTaskId::new(), 1, "config.json"),
         ];
         for (key, prefix) in keys.iter().zip(OTHER_PREFIXES) {
             assert!(key.as_str().starts_with(prefix), "{key}");

@@ -51,7 +51,7 @@ pub fn first_weights(folder: Option<&Path>, spec: &TrainSpec, device: Device) ->
 pub fn read_model(folder: &Path) -> Result<ModelSpec, TrainError> {
     model_of_config(read_json(folder, CONFIG_FILE)?).map_err(|problems| {
         let problems = problems.into_iter().map(|problem| problem.within(CONFIG_FILE)).collect();
-        refusal(FailureKind::UserConfig, folder, problems)
+        refusal(FailureKind::UserConfig, "checkpoint", folder, problems)
     })
 }
 
@@ -64,36 +64,46 @@ pub fn read_weights(folder: &Path, model: &ModelSpec, device: Device) -> Result<
 
 /// Sets every parameter of the model to what the checkpoint has.
 fn read_into(weights: &mut Weights, folder: &Path, model: &ModelSpec) -> Result<(), TrainError> {
-    let names = file_names(folder)?;
-    let refused = |problems: Vec<Problem>| match problems.is_empty() {
-        true => Ok(()),
-        false => Err(refusal(FailureKind::Data, folder, problems)),
-    };
-    refused(check_set(&names.iter().map(String::as_str).collect()))?;
-    let (mut shards, mut files) = (Vec::new(), Vec::new());
-    for name in names.iter().filter(|name| is_weights(name)) {
-        let (shard, file) = open(folder, name)?;
-        shards.push(shard);
-        files.push(file);
-    }
-    refused(check_tensors(model, &shards))?;
-    if names.contains(INDEX_FILE) {
-        refused(check_index(read_json(folder, INDEX_FILE)?, &shards))?;
-    }
-
-    let wanted: BTreeSet<_> = parameters(model).into_iter().map(|parameter| parameter.name).collect();
-    for (shard, file) in shards.iter().zip(&files) {
-        for (name, info) in shard.header.tensors().iter().filter(|(name, _)| wanted.contains(*name)) {
-            weights.set(name, &file.tensor(info));
+    let checkpoint = MappedCheckpoint::open(folder, model)?;
+    for parameter in parameters(model) {
+        if let Some((_, value)) = checkpoint.find(&parameter.name) {
+            weights.set(&parameter.name, &value);
         }
     }
-    if model.tie_word_embeddings {
-        let heads = shards.iter().zip(&files).filter_map(|(shard, file)| Some((shard, file, shard.header.info(HEAD)?)));
-        for (shard, file, info) in heads {
-            refused(check_tied_head(&shard.file, &file.tensor(info), weights))?;
-        }
+    if let Some((file, head)) = checkpoint.find(HEAD).filter(|_| model.tie_word_embeddings) {
+        refuse("checkpoint", folder, check_tied_head(file, &head, weights))?;
     }
     Ok(())
+}
+
+/// The weights of a checkpoint where they lie: every tensor of its model is there, in its shape.
+pub struct MappedCheckpoint {
+    shards: Vec<(Shard, MappedShard)>,
+}
+
+impl MappedCheckpoint {
+    pub fn open(folder: &Path, model: &ModelSpec) -> Result<Self, TrainError> {
+        let names = file_names(folder)?;
+        let refused = |problems| refuse("checkpoint", folder, problems);
+        refused(check_set(&names.iter().map(String::as_str).collect()))?;
+        let (mut shards, mut files) = (Vec::new(), Vec::new());
+        for name in names.iter().filter(|name| is_weights(name)) {
+            let (shard, file) = open(folder, name)?;
+            shards.push(shard);
+            files.push(file);
+        }
+        refused(check_tensors(model, &shards))?;
+        if names.contains(INDEX_FILE) {
+            refused(check_index(read_json(folder, INDEX_FILE)?, &shards))?;
+        }
+        Ok(Self { shards: shards.into_iter().zip(files).collect() })
+    }
+
+    /// The tensor of this name, in its own number format, and the file that has it.
+    pub fn find(&self, name: &str) -> Option<(&str, Tensor)> {
+        let find = |shard: &Shard, file: &MappedShard| Some(file.tensor(shard.header.info(name)?));
+        self.shards.iter().find_map(|(shard, file)| Some((shard.file.as_str(), find(shard, file)?)))
+    }
 }
 
 /// A head that is stored beside the embedding that it is tied to must be that embedding: `transformers` would compute
@@ -108,9 +118,17 @@ fn check_tied_head(file: &str, head: &Tensor, weights: &Weights) -> Vec<Problem>
     }
 }
 
-fn refusal(kind: FailureKind, folder: &Path, problems: Vec<Problem>) -> TrainError {
+/// Fails if there are problems with the files of this folder, which is a checkpoint or a delta.
+pub fn refuse(what: &str, folder: &Path, problems: Vec<Problem>) -> Result<(), TrainError> {
+    match problems.is_empty() {
+        true => Ok(()),
+        false => Err(refusal(FailureKind::Data, what, folder, problems)),
+    }
+}
+
+fn refusal(kind: FailureKind, what: &str, folder: &Path, problems: Vec<Problem>) -> TrainError {
     let problems: Vec<_> = problems.iter().map(|problem| format!("{} {}", problem.pointer, problem.message)).collect();
-    TrainError::new(kind, format!("the checkpoint {} cannot be used: {}", folder.display(), problems.join("; ")))
+    TrainError::new(kind, format!("the {what} {} cannot be used: {}", folder.display(), problems.join("; ")))
 }
 
 /// The files of the folder that belong to a checkpoint.
@@ -120,21 +138,21 @@ fn file_names(folder: &Path) -> Result<BTreeSet<String>, TrainError> {
     Ok(names.filter(|name| is_taken(name)).collect())
 }
 
-fn read_json(folder: &Path, name: &str) -> Result<Value, TrainError> {
+pub fn read_json(folder: &Path, name: &str) -> Result<Value, TrainError> {
     let path = folder.join(name);
     let json = fs::read(&path).map_err(|error| TrainError::data(&path, error))?;
     serde_json::from_slice(&json).map_err(|error| TrainError::data(&path, error))
 }
 
 /// A weight file in memory, behind its header.
-struct MappedShard {
+pub struct MappedShard {
     bytes: Mmap,
     data_start: usize,
 }
 
 impl MappedShard {
     /// A tensor in its own number format. Its place was checked against the file's length.
-    fn tensor(&self, info: &TensorInfo) -> Tensor {
+    pub fn tensor(&self, info: &TensorInfo) -> Tensor {
         let kind = match WeightDtype::of(info.dtype) {
             Some(WeightDtype::F16) => Kind::Half,
             Some(WeightDtype::Bf16) => Kind::BFloat16,
@@ -146,7 +164,8 @@ impl MappedShard {
     }
 }
 
-fn open(folder: &Path, name: &str) -> Result<(Shard, MappedShard), TrainError> {
+/// Maps a weight file of a folder and reads its header.
+pub fn open(folder: &Path, name: &str) -> Result<(Shard, MappedShard), TrainError> {
     let path = folder.join(name);
     let fail = |reason: String| TrainError::data(&path, format!("it {reason}"));
     let bytes = native::map_file(&path).map_err(|error| TrainError::data(&path, error))?;

@@ -6,6 +6,7 @@
 mod adamw;
 mod checkpoint;
 mod data;
+mod delta;
 mod device;
 mod engine;
 mod error;
@@ -22,6 +23,7 @@ mod process;
 mod profile;
 mod random;
 mod ranks;
+mod rebuild;
 mod relora;
 mod reset;
 mod run;
@@ -38,3 +40,4 @@ mod oracle;
 mod test_support;
 
 pub use process::{Args, probe, run, write_logits};
+pub use rebuild::RebuildArgs;

@@ -24,7 +24,7 @@ use super::{
 use crate::domain::{
     contract::{Fingerprint, NodeFile},
     job::FailureKind,
-    lineage::{self, ADAPTER_FILE, FROZEN_FILE, MODEL_FILE, NodeKind, START_FILE},
+    lineage::{self, ADAPTER_CONFIG_FILE, ADAPTER_FILE, FROZEN_FILE, MODEL_FILE, NodeKind, START_FILE},
     spec::{Linear, TrainSpec},
 };
 
@@ -128,7 +128,7 @@ impl Nodes {
         }
         let files = vec![
             (ADAPTER_FILE.into(), Content::Tensors(tensors)),
-            ("adapter_config.json".into(), Content::Json(layout::adapter_config(&spec.model, factors))),
+            (ADAPTER_CONFIG_FILE.into(), Content::Json(layout::adapter_config(&spec.model, factors))),
         ];
         let folders = vec![Folder { path: folder(NodeKind::Restart, at.restart), files }];
         let files = Files { folders, update_norms, ..Files::default() };

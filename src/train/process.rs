@@ -108,7 +108,8 @@ pub fn run(args: &Args) -> ExitCode {
     }
 }
 
-fn unless_it_panics<T>(run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
+/// What a panic says becomes an error, as whatever else goes wrong.
+pub fn unless_it_panics<T>(run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| Err(TrainError::from_panic(&*panic)))
 }
 

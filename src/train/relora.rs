@@ -295,8 +295,13 @@ impl LowRankWeights {
     /// s·B·A of the matrix with this index. The factors lie in pairs, in the order of the wrapped matrices.
     fn delta(&self, index: usize) -> Tensor {
         let (a, b) = (&self.factors.leaves[2 * index], &self.factors.leaves[2 * index + 1]);
-        b.mm(a) * self.scale
+        scaled_product(a, b, self.scale)
     }
+}
+
+/// s·B·A, which a restart adds to a matrix.
+pub fn scaled_product(a: &Tensor, b: &Tensor, scale: f64) -> Tensor {
+    b.mm(a) * scale
 }
 
 pub fn copy_to_host(tensor: &Tensor) -> Tensor {
@@ -319,7 +324,7 @@ fn factor_parameters(wrapped: &[(Wrapped, (i64, i64))], rank: i64) -> Vec<Parame
 }
 
 /// `{path}.lora_A.weight` of the matrix `{path}.weight`.
-fn factor_name(matrix: &str, factor: &str) -> String {
+pub fn factor_name(matrix: &str, factor: &str) -> String {
     let path = matrix.strip_suffix(".weight").unwrap_or(matrix);
     format!("{path}.{factor}.weight")
 }

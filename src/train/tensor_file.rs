@@ -1,11 +1,12 @@
 //! Named fp32 tensors in safetensors files. Equal tensors give equal files: names are sorted, nothing else is stored.
 
-use std::{borrow::Cow, collections::HashMap, fs, os::unix::fs::PermissionsExt, path::Path};
+use std::{borrow::Cow, cell::RefCell, collections::HashMap, fs, os::unix::fs::PermissionsExt, path::Path};
 
 use safetensors::{Dtype, SafeTensors, View};
 use tch::{Kind, Tensor};
 
 use super::{error::TrainError, native};
+use crate::domain::checkpoint::TensorShape;
 
 /// A tensor in host memory, as the safetensors crate wants to see it.
 struct HostTensor<'a> {
@@ -31,11 +32,74 @@ impl View for HostTensor<'_> {
     }
 }
 
+/// A tensor that is computed when its turn to be written comes, and is gone after it.
+struct LateTensor<'a> {
+    name: &'a str,
+    shape: Vec<usize>,
+    compute: &'a dyn Fn(&str) -> Result<Tensor, TrainError>,
+    /// Why one could not be computed: whoever asks for bytes takes no error.
+    failure: &'a RefCell<Option<TrainError>>,
+}
+
+impl View for LateTensor<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        match (self.compute)(self.name) {
+            Ok(tensor) => Cow::Owned(native::host_bytes(&tensor).to_vec()),
+            Err(error) => {
+                self.failure.borrow_mut().get_or_insert(error);
+                Cow::Owned(vec![0; self.data_len()])
+            }
+        }
+    }
+
+    fn data_len(&self) -> usize {
+        self.shape.iter().product::<usize>() * size_of::<f32>()
+    }
+}
+
 /// Writes contiguous fp32 tensors in host memory.
 pub fn write(path: &Path, tensors: &[(String, Tensor)]) -> Result<(), TrainError> {
-    let views = tensors.iter().map(|(name, tensor)| {
-        (name.as_str(), HostTensor { tensor, shape: tensor.size().into_iter().map(|n| n as usize).collect() })
+    write_views(
+        path,
+        tensors.iter().map(|(name, tensor)| (name.as_str(), HostTensor { tensor, shape: sizes(&tensor.size()) })),
+    )
+}
+
+/// Writes tensors of these shapes one by one as they are computed, so that one is in memory at a time. If one cannot be
+/// computed, there is no file.
+pub fn write_late(
+    path: &Path,
+    tensors: &[TensorShape],
+    compute: &dyn Fn(&str) -> Result<Tensor, TrainError>,
+) -> Result<(), TrainError> {
+    let failure = RefCell::new(None);
+    let views = tensors.iter().map(|tensor| {
+        let name = tensor.name.as_str();
+        (name, LateTensor { name, shape: sizes(&tensor.shape), compute, failure: &failure })
     });
+    write_views(path, views)?;
+    match failure.take() {
+        None => Ok(()),
+        Some(error) => {
+            fs::remove_file(path).map_err(|error| TrainError::storage("remove", path, error))?;
+            Err(error)
+        }
+    }
+}
+
+fn sizes(shape: &[i64]) -> Vec<usize> {
+    shape.iter().map(|&n| n as usize).collect()
+}
+
+fn write_views<'a>(path: &Path, views: impl Iterator<Item = (&'a str, impl View)>) -> Result<(), TrainError> {
     // `transformers` reads only files that say which framework's names they use.
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     safetensors::serialize_to_file(views, Some(metadata), path)

@@ -71,7 +71,7 @@ async fn attempt(agent: &Agent, lease: &Lease, ingestion: &Ingestion) -> Result<
     let checkpoint = folder.path().join("checkpoint");
     if let Some(id) = &ingestion.tokenizer_checkpoint {
         let is_wanted = |name: &str| TOKENIZER_FILES.contains(&name) || END_OF_TEXT_FILES.contains(&name);
-        let staged = staging::stage_checkpoint(&agent.pool, &agent.store, id, &checkpoint, is_wanted).await;
+        let staged = staging::stage_node(&agent.pool, &agent.store, id, &checkpoint, is_wanted).await;
         staged.context("stage the checkpoint's tokenizer").map_err(storage)?;
     }
 

@@ -8,12 +8,14 @@ mod ingest;
 mod lease_keeper;
 pub mod local;
 mod log_file;
+mod rebuild;
 mod reporter;
 mod retry;
 mod staging;
 pub mod tokenize;
 mod train;
 mod trainer;
+mod upkeep;
 mod upload_queue;
 pub mod uploader;
 mod work_dir;
@@ -85,8 +87,7 @@ pub async fn run(config: AgentConfig, pool: PgPool, store: Store, shutdown: Shut
     let news = Changes::listen(pool.clone(), WORK_QUEUED, shutdown.clone());
     let agent = Arc::new(Agent { id, config, pool, store, work_dir, offer, news });
     tokio::join!(
-        join_all(agent.slots().into_iter().map(|gpu| lane(&agent, Lane::Train { gpu }, &shutdown))),
-        lane(&agent, Lane::Ingest, &shutdown),
+        join_all(agent.lanes().into_iter().map(|lane| run_lane(&agent, lane, &shutdown))),
         shutdown.run_until(stay_seen(&agent)),
         shutdown.run_until(take_back_expired(&agent.pool, agent.config.lease_s)),
         shutdown.run_until(collect::run(&agent.pool, &agent.store)),
@@ -104,6 +105,8 @@ enum Lane {
         gpu: Option<String>,
     },
     Ingest,
+    /// Tasks on lineages that are there, of this kind.
+    Upkeep(WorkKind),
 }
 
 impl Lane {
@@ -111,11 +114,12 @@ impl Lane {
         match self {
             Self::Train { .. } => WorkKind::Train,
             Self::Ingest => WorkKind::Ingest,
+            Self::Upkeep(kind) => *kind,
         }
     }
 }
 
-async fn lane(agent: &Agent, lane: Lane, shutdown: &Shutdown) {
+async fn run_lane(agent: &Agent, lane: Lane, shutdown: &Shutdown) {
     let kind = lane.kind();
     while !shutdown.is_triggered() {
         // What is queued after the look is news.
@@ -123,6 +127,7 @@ async fn lane(agent: &Agent, lane: Lane, shutdown: &Shutdown) {
         let outcome = match &lane {
             Lane::Train { gpu } => train_next(agent, gpu.as_deref(), shutdown).await,
             Lane::Ingest => ingest_next(agent, shutdown).await,
+            Lane::Upkeep(kind) => upkeep_next(agent, *kind, shutdown).await,
         };
         match outcome {
             Ok(true) => continue,
@@ -168,7 +173,25 @@ async fn ingest_next(agent: &Agent, shutdown: &Shutdown) -> Result<bool> {
     Ok(true)
 }
 
+/// Claims a task on a lineage and does it. False if there is none.
+async fn upkeep_next(agent: &Agent, kind: WorkKind, shutdown: &Shutdown) -> Result<bool> {
+    let mut tx = agent.pool.begin().await?;
+    let Some(lease) = agent.claim(&mut tx, kind).await? else { return Ok(false) };
+    let task = db::upkeep::begin_attempt(&mut tx, &lease).await.context("begin the attempt")?;
+    tx.commit().await?;
+    if let Some(task) = task {
+        upkeep::run(agent, &lease, task, shutdown).await;
+    }
+    Ok(true)
+}
+
 impl Agent {
+    fn lanes(&self) -> Vec<Lane> {
+        let mut lanes: Vec<_> = self.slots().into_iter().map(|gpu| Lane::Train { gpu }).collect();
+        lanes.extend([Lane::Ingest, Lane::Upkeep(WorkKind::Materialize), Lane::Upkeep(WorkKind::Verify)]);
+        lanes
+    }
+
     /// A slot for each GPU, which a trainer has to itself; without GPUs one, with all threads.
     fn slots(&self) -> Vec<Option<String>> {
         let num_gpus = usize::try_from(self.offer.num_gpus).unwrap_or(0);

@@ -58,9 +58,7 @@ pub async fn stage(pool: &PgPool, store: &Store, training: &Training, folder: &P
         stage_state(pool, store, resume, &mut staged).await.context("stage the state to go on from")?;
     } else if let Some(checkpoint) = &training.spec.init_checkpoint {
         let weights = folder.join("weights");
-        stage_checkpoint(pool, store, checkpoint, &weights, is_staged)
-            .await
-            .context("stage the checkpoint to begin with")?;
+        stage_node(pool, store, checkpoint, &weights, is_staged).await.context("stage the checkpoint to begin with")?;
         staged.weights = Some(weights);
     }
     Ok(staged)
@@ -83,21 +81,22 @@ async fn stage_state(pool: &PgPool, store: &Store, resume: &ResumePoint, staged:
     Ok(())
 }
 
-/// Downloads those files of a checkpoint whose names are wanted.
-pub async fn stage_checkpoint(
+/// Downloads those files of a node whose names are wanted.
+pub async fn stage_node(
     pool: &PgPool,
     store: &Store,
-    checkpoint: &NodeId,
+    node: &NodeId,
     folder: &Path,
     is_wanted: impl Fn(&str) -> bool,
 ) -> Result<()> {
-    for file in nodes::files(pool, checkpoint).await?.iter().filter(|file| is_wanted(&file.name)) {
+    for file in nodes::files(pool, node).await?.iter().filter(|file| is_wanted(&file.name)) {
         download(store, file, &folder.join(&file.name)).await?;
     }
     Ok(())
 }
 
-async fn download(store: &Store, file: &StoredFile, path: &Path) -> Result<()> {
+/// Downloads a file, which appears only if size and hash are those on record.
+pub async fn download(store: &Store, file: &StoredFile, path: &Path) -> Result<()> {
     if let Some(parent) = path.parent() {
         tokio::fs::create_dir_all(parent).await.with_context(|| format!("create {}", parent.display()))?;
     }

@@ -12,6 +12,7 @@ mod jobs;
 mod layers;
 mod lease_protocol;
 mod lineage;
+mod lineage_tasks;
 mod metrics;
 mod migrations;
 mod openapi;

@@ -46,7 +46,7 @@ fn every_operation_has_a_name_of_its_own_a_tag_and_its_errors() {
             }
         }
     }
-    assert_eq!(names.len(), 44, "{names:?}");
+    assert_eq!(names.len(), 48, "{names:?}");
 }
 
 #[test]

@@ -69,11 +69,63 @@ def test_transformers_and_peft_load_what_the_service_stores(downloads, tmp_path)
     subprocess.run(trainer, input=json.dumps(tokens.tolist()), text=True, check=True)
     torch.testing.assert_close(load_file(tmp_path / "logits.safetensors")["logits"], logits, rtol=0, atol=1e-4)
 
+    assert_merge_to(checkpoint, downloads, num_restarts=3)
+
+
+def assert_merge_to(checkpoint, downloads, num_restarts):
+    """`peft` adds the deltas to the base and has the weights of the checkpoint."""
     model = AutoModelForCausalLM.from_pretrained(downloads["base"])
-    deltas = sorted(name for name in downloads if name.startswith("restart"))
-    assert deltas == ["restart 1", "restart 2", "restart 3"]
-    for delta in deltas:
-        model = PeftModel.from_pretrained(model, downloads[delta]).merge_and_unload()
+    for restart in range(1, num_restarts + 1):
+        model = PeftModel.from_pretrained(model, downloads[f"restart {restart}"]).merge_and_unload()
     merged = model.state_dict()
     for name, weight in checkpoint.state_dict().items():
         torch.testing.assert_close(merged[name], weight, rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_middle_restart_becomes_a_checkpoint_and_the_last_one_equals_its_own(service, downloads, tmp_path):
+    _, middle, last = sorted(service.pages("/v1/restarts"), key=lambda node: node["step"])
+    assert (middle["restart"], middle["step"], last["restart"]) == (2, 450, 3)
+
+    checked = service.relora_json("restart", "verify", middle["id"], "--wait")["verification"]
+    assert checked["is_sound"] and checked["compared_with"] is None and checked["differences"] == {}
+    task = service.relora_json("restart", "materialize", middle["id"], "--wait")
+    folder = tmp_path / "materialized"
+    assert service.relora("checkpoint", "download", task["checkpoint"], "--out", folder) == 0
+    node = service.get(f"/v1/checkpoints/{task['checkpoint']}")
+    assert (node["parent"], node["step"], node["restart"]) == (middle["id"], 450, 2)
+    assert {file.name for file in folder.iterdir()} == {file.name for file in downloads["checkpoint"].iterdir()}
+    assert_merge_to(AutoModelForCausalLM.from_pretrained(folder), downloads, num_restarts=2)
+    assert len(AutoTokenizer.from_pretrained(folder)) == 300
+    again = service.relora_json("restart", "materialize", middle["id"])
+    assert again == task
+
+    checked = service.relora_json("restart", "verify", last["id"], "--wait")["verification"]
+    assert checked["compared_with"] == service.nodes("checkpoints", last["job"])[-1]["id"]
+    assert checked["is_sound"] and checked["is_within_tolerance"]
+    assert set(checked["differences"]) >= {"q_proj", "down_proj", "embed_tokens", "lm_head", "input_layernorm", "norm"}
+    assert all(difference["max_rel"] <= 1e-6 for difference in checked["differences"].values())
+    assert [file["problem"] for file in checked["files"]] == [None] * len(checked["files"])
+    stored = {(node["id"], file["name"]): file["sha256"] for node in [last, middle] for file in node["files"]}
+    assert stored.items() <= {(file["node"], file["name"]): file["sha256"] for file in checked["files"]}.items()
+
+
+def test_a_job_begins_with_a_materialized_checkpoint(service):
+    tokenization = service.tokenization()
+    method = {"type": "relora", "rank": 8, "warm_start_steps": 20, "restart_every_steps": 20}
+    job_id = service.submit(tokenization, method=method, schedule={"num_steps": 60})
+    assert service.wait_for_end(job_id)["state"] == "succeeded"
+    [first, _] = service.nodes("restarts", job_id)
+    checkpoint = service.relora_json("restart", "materialize", first["id"], "--wait")["checkpoint"]
+
+    method |= {"warm_start_steps": 0}
+    next_id = service.submit(
+        tokenization, model=None, init_checkpoint=checkpoint, method=method, schedule={"num_steps": 20},
+    )
+    assert service.wait_for_end(next_id)["state"] == "succeeded"
+    base = service.nodes("bases", next_id)[0]
+    assert base["parent"] == checkpoint
+
+    def weights(node):
+        return next(file["sha256"] for file in node["files"] if file["name"] == "model.safetensors")
+
+    assert weights(base) == weights(service.get(f"/v1/checkpoints/{checkpoint}"))
