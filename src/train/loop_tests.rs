@@ -11,7 +11,7 @@ use tch::Tensor;
 
 use super::test_support::{method, read_tensors, scratch_dir, spec, train, try_train};
 use crate::domain::{
-    contract::{Event, RankCount},
+    contract::{Event, FORMAT_VERSION, RankCount},
     job::FailureKind,
     lineage::NodeKind,
     spec::{CheckpointsSpec, Choices, EvalSpec, Linear, MergedPlan, TrainSpec},
@@ -329,7 +329,9 @@ fn a_state_of_another_spec_or_version_is_refused_by_name() {
     assert!(error.message.contains("memory/frozen_weights differ"), "{error}");
 
     let json = fs::read_to_string(state.join("state.json")).expect("read state");
-    fs::write(state.join("state.json"), json.replace("\"format_version\": 3", "\"format_version\": 2")).expect("write");
+    let now = format!("\"format_version\": {FORMAT_VERSION}");
+    assert!(json.contains(&now));
+    fs::write(state.join("state.json"), json.replace(&now, "\"format_version\": 2")).expect("write");
     assert!(resume(json!({})).message.contains("format_version 2 is not known"));
     fs::write(state.join("state.json"), json).expect("write");
 
