@@ -9,6 +9,7 @@ use std::{
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
+use sqlx::PgPool;
 
 use crate::{
     api,
@@ -199,14 +200,12 @@ async fn run(command: Command) -> anyhow::Result<Outcome> {
             Ok(Outcome::Done)
         }
         Command::Workers { command } => {
-            let pool =
-                db::connect(DatabaseConfig::from_env()?.url.expose(), 1).await.context("connect to PostgreSQL")?;
+            let pool = connect_as_operator().await?;
             operate::run(&pool, command).await?;
             Ok(Outcome::Done)
         }
         Command::Migrate => {
-            let pool =
-                db::connect(DatabaseConfig::from_env()?.url.expose(), 1).await.context("connect to PostgreSQL")?;
+            let pool = connect_as_operator().await?;
             db::MIGRATOR.run(&pool).await.context("migrate the database")?;
             Ok(Outcome::Done)
         }

@@ -65,7 +65,9 @@ async fn serve(
         (None, Some(postgres)) => postgres.url().to_owned(),
         (None, None) => anyhow::bail!("there is neither a DATABASE_URL nor an embedded PostgreSQL"),
     };
-    let pool = db::connect(&url, MAX_DATABASE_CONNECTIONS).await.context("connect to PostgreSQL (DATABASE_URL)")?;
+    let pool = db::connect(&url, MAX_DATABASE_CONNECTIONS, config.lease_s)
+        .await
+        .context("connect to PostgreSQL (DATABASE_URL)")?;
     db::MIGRATOR.run(&pool).await.context("migrate the database")?;
     let store = match (&config.store, s3) {
         (Some(store), _) => Store::connect(store).await?,

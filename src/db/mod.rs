@@ -28,11 +28,21 @@ pub mod workers;
 
 use std::time::Duration;
 
-use sqlx::{PgPool, migrate::Migrator, postgres::PgPoolOptions};
+use sqlx::{
+    PgPool,
+    migrate::Migrator,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
 
 pub static MIGRATOR: Migrator = sqlx::migrate!();
 
 /// Connects to the database; fails, and says where, if it does not answer within ten seconds.
-pub async fn connect(url: &str, max_connections: u32) -> Result<PgPool, sqlx::Error> {
-    PgPoolOptions::new().max_connections(max_connections).acquire_timeout(Duration::from_secs(10)).connect(url).await
+///
+/// A transaction in which nothing happens for `max_idle_s` is ended by the database: a process that stands still in the
+/// middle of one, with the locks of a lease, would keep everybody from taking over its work.
+pub async fn connect(url: &str, max_connections: u32, max_idle_s: u64) -> Result<PgPool, sqlx::Error> {
+    let max_idle = format!("{max_idle_s}s");
+    let options = url.parse::<PgConnectOptions>()?.options([("idle_in_transaction_session_timeout", max_idle)]);
+    let pool = PgPoolOptions::new().max_connections(max_connections).acquire_timeout(Duration::from_secs(10));
+    pool.connect_with(options).await
 }

@@ -8,6 +8,7 @@ use std::{
     sync::mpsc::Receiver,
 };
 
+use rustix::process::{Signal, set_parent_process_death_signal};
 use tch::Tensor;
 
 use super::{
@@ -92,6 +93,7 @@ pub struct Job {
 
 /// Runs to the last event. Whatever goes wrong becomes a `Failed` event and a non-zero exit code.
 pub fn run(args: &Args) -> ExitCode {
+    go_on_without_a_parent();
     let events = Events::new(std::io::stdout());
     let result = unless_it_panics(|| prepare(args)).and_then(|job| {
         let (spec, device) = (job.spec.clone(), job.device);
@@ -109,7 +111,14 @@ pub fn run(args: &Args) -> ExitCode {
 }
 
 /// What a panic says becomes an error, as whatever else goes wrong.
-pub fn unless_it_panics<T>(run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
+pub /// A worker may be killed while it holds its trainer. Then the trainer has to go on, to find that nobody is there.
+fn go_on_without_a_parent() {
+    if let Err(error) = set_parent_process_death_signal(Some(Signal::CONT)) {
+        tracing::warn!(%error, "a trainer that is held may outlive its worker");
+    }
+}
+
+fn unless_it_panics<T>(run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| Err(TrainError::from_panic(&*panic)))
 }
 

@@ -66,8 +66,8 @@ const MAX_DATABASE_CONNECTIONS: u32 = 3;
 
 /// `relora worker`: connects to the database and the store, and works until told to stop.
 pub async fn run_standalone(config: WorkerConfig, shutdown: Shutdown) -> Result<()> {
-    let pool =
-        db::connect(config.database.url.expose(), MAX_DATABASE_CONNECTIONS).await.context("connect to the database")?;
+    let (url, lease_s) = (config.database.url.expose(), config.agent.lease_s);
+    let pool = db::connect(url, MAX_DATABASE_CONNECTIONS, lease_s).await.context("connect to the database")?;
     let store = Store::connect(&config.store).await?;
     run(config.agent, pool, store, shutdown).await
 }

@@ -48,7 +48,10 @@ fn is_outage(error: &sqlx::Error) -> bool {
         sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed => true,
         // Connection exceptions, out of resources, operator intervention, serialisation failures.
         sqlx::Error::Database(error) => {
-            error.code().is_some_and(|code| ["08", "53", "57", "40"].iter().any(|class| code.starts_with(class)))
+            // Or this process stood still within a transaction, which was ended.
+            error
+                .code()
+                .is_some_and(|code| ["08", "53", "57", "40", "25P03"].iter().any(|class| code.starts_with(class)))
         }
         _ => false,
     }

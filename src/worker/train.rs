@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     db::{
-        leases::{Desired, Lease},
+        leases::{Desired, Lease, WriteError},
         training::{self, Training, TrainingEnd},
     },
     domain::{
@@ -294,7 +294,7 @@ impl<'a> Run<'a> {
                 }
                 // While the trainer lives these end only because the database refused something.
                 ended = &mut self.reporting => break Some(cause(ended, "write reports").into()),
-                ended = &mut self.uploading => break Some(cause(ended, "store nodes").into()),
+                ended = &mut self.uploading => break Some(Broken::of_uploads(cause(ended, "store nodes"))),
             }
         };
         let exit = match broken {
@@ -303,6 +303,7 @@ impl<'a> Run<'a> {
         };
         let end = match broken {
             Some(Broken::Stalled) => self.stalled(),
+            Some(Broken::Storage(error)) => failed(FailureKind::Storage, format!("{error:#}")),
             Some(Broken::Contract(error)) => failed(FailureKind::Internal, format!("{error:#}")),
             None => match self.carry_away(wish).await {
                 Ok(everything_stored) => self.end(exit, everything_stored),
@@ -459,7 +460,19 @@ impl<'a> Run<'a> {
 /// Why a trainer is no longer followed that has not ended.
 enum Broken {
     Stalled,
+    /// The disk here, which may be full now and not later.
+    Storage(anyhow::Error),
     Contract(anyhow::Error),
+}
+
+impl Broken {
+    /// Uploads give up where the database refuses what they enter, or where the disk fails.
+    fn of_uploads(error: anyhow::Error) -> Self {
+        match error.chain().any(|cause| cause.is::<WriteError>()) {
+            true => Self::Contract(error),
+            false => Self::Storage(error),
+        }
+    }
 }
 
 impl From<anyhow::Error> for Broken {

@@ -9,6 +9,7 @@ from local_server import BIN, Failure
 FOUND = {
     "device": "cpu", "num_gpus": 0, "memory_bytes": 8 << 30, "bf16_speedup": 0.25,
     "gpu_problem": "the driver is for CUDA 12.4",
+    "numerics": {"device": "cpu", "cpu_capability": "", "num_threads": 1, "libtorch": "2", "trainer": "0"},
 }
 
 

@@ -1,7 +1,10 @@
 """Several workers on one database: what one leaves behind another takes up."""
 
 import json
+import os
+import signal
 import subprocess
+import time
 
 import pytest
 from local_server import RELORA
@@ -52,3 +55,18 @@ def test_a_killed_worker_is_followed_by_another_once_its_lease_has_run_out(servi
     finally:
         for worker in workers:
             worker.kill()
+
+
+def test_a_trainer_that_is_held_does_not_outlive_its_worker(service):
+    worker = Worker(service, "first")
+    try:
+        job_id = service.submit(service.tokenization())
+        service.wait(job_id, lambda job: job["progress"]["step"] > 0)
+        trainer = service.trainer_pid()
+        os.kill(trainer, signal.SIGSTOP)
+    finally:
+        worker.kill()
+    deadline = time.monotonic() + 10
+    while service.trainer_pid() == trainer:
+        assert time.monotonic() < deadline, "the trainer stands still for ever"
+        time.sleep(0.1)
