@@ -16,7 +16,7 @@ relora = $(CARGO_TARGET_DIR)/release/relora
 
 # What the targets build is the same, so they take turns.
 .NOTPARALLEL:
-.PHONY: help setup build demo test lint sqlx openapi bench bench-service clean-demo
+.PHONY: help setup build demo test chaos lint sqlx openapi bench bench-service clean-demo
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -37,6 +37,9 @@ test: setup lint ## Run every test
 	$(with_libtorch) cargo build --release --locked
 	$(with_libtorch) scripts/with-postgres cargo test --release --locked
 	RELORA_TRAINER="$(relora)-trainer" "$$(scripts/setup-python)" -m pytest -p no:cacheprovider tests
+
+chaos: build ## Prove that the service survives: an hour (CHAOS_FLAGS="--only kill9 --runs 20" and others)
+	tests/chaos/run --bin-dir "$(CARGO_TARGET_DIR)/release" $(CHAOS_FLAGS)
 
 lint: ## Check formatting and clippy, with and without the trainer
 	cargo fmt --check

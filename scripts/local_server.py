@@ -19,7 +19,8 @@ import urllib.parse
 import urllib.request
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-BIN = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"), "release").resolve()
+TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+BIN = pathlib.Path(os.environ.get("RELORA_BIN_DIR", TARGET / "release")).resolve()
 RELORA = BIN / "relora"
 
 STOP_S = 60
@@ -40,7 +41,7 @@ class LocalServer:
             self.data_dir = pathlib.Path(data_dir).resolve()
             self.data_dir.mkdir(parents=True, exist_ok=True)
         else:
-            self.data_dir = pathlib.Path(tempfile.mkdtemp(prefix="relora-demo-", dir=_parent_of_data()))
+            self.data_dir = pathlib.Path(tempfile.mkdtemp(prefix="relora-demo-", dir=parent_of_data()))
             self.data_dir.chmod(0o755)  # as root the database runs as another user
         self.log_path = log_path
         self.process = None
@@ -196,7 +197,7 @@ class LocalServer:
         print(f"--- the end of {self.log_path}", *lines, "---", sep="\n", flush=True)
 
 
-def _parent_of_data():
+def parent_of_data():
     """target/, or /tmp where root's database user could not reach target/."""
     target = ROOT / "target"
     target.mkdir(exist_ok=True)

@@ -1,7 +1,6 @@
 """Real servers for the tests: `relora serve` with its own PostgreSQL, store and worker."""
 
 import json
-import os
 import pathlib
 import signal
 import sys
@@ -11,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
-from local_server import LocalServer  # noqa: E402
+from local_server import BIN, LocalServer  # noqa: E402
 
 TEXT = "".join(f"def function_{i}(value):\n    return value * {i} + {i % 7}\n\n" for i in range(4000))
 
@@ -147,5 +146,5 @@ def shared_service(tmp_path_factory):
 
 
 def pytest_configure():
-    if not (pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release" / "relora-trainer").exists():
+    if not (BIN / "relora-trainer").exists():
         pytest.exit("relora-trainer is not built: run `make build` first", returncode=2)
