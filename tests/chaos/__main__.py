@@ -1,11 +1,7 @@
 """`tests/chaos/run`. The executables are chosen before anything looks for them."""
 
 import os
-import pathlib
 import sys
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
 
 for i, word in enumerate(sys.argv):
     if word == "--bin-dir" and i + 1 < len(sys.argv):

@@ -30,7 +30,7 @@ class Harm:
     reset_frac: float = 0.0
     #: The store's answer ends early, within its head if it has no body.
     truncated_frac: float = 0.0
-    #: CompleteMultipartUpload alone: status 200 with an error in the body, every other time after the store completed it.
+    #: CompleteMultipartUpload alone: status 200 with an error in the body, every other time after the store did it.
     complete_error_frac: float = 0.0
 
 

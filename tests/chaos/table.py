@@ -14,10 +14,10 @@ import textwrap
 import time
 from collections.abc import Callable
 
-from local_server import ROOT, Failure, raise_on_signals
+from local_server import RELORA, ROOT, Failure, raise_on_signals
 
 from .faults import big_checkpoint, kill9, postgres, queue, sigstop, stall, store, worker
-from .processes import Site
+from .site import Site
 from .rows import Row
 
 OUT = ROOT / "target" / "chaos.json"
@@ -36,13 +36,13 @@ class Fault:
 FAULTS = {
     "kill9": Fault(kill9.run, 100, short_runs=len(kill9.PHASES), short={"min_states": 3}),
     "sigstop": Fault(sigstop.run, 9),
-    "postgres_restart": Fault(postgres.run_restart, 18, short_runs=3),
-    "postgres_down": Fault(postgres.run_down, 3),
-    **{name: Fault(store.row(name), 3, short={"fault_s": 2.0}) for name in store.FAULTS},
+    "postgres_restart": Fault(postgres.run_restart, 6),
+    "postgres_down": Fault(postgres.run_down, 3, short={"num_jobs": 1, "num_steps": 480}),
+    **{name: Fault(store.row(name), 3) for name in store.FAULTS},
     "worker_disk_full": Fault(worker.run_disk_full, 3),
     "worker_oom": Fault(worker.run_oom, 3),
     "worker_abort": Fault(worker.run_abort, 3),
-    "queue": Fault(queue.run, queue.NUM_JOBS, short_runs=40, short={"num_workers": 4}),
+    "queue": Fault(queue.run, queue.NUM_JOBS, short_runs=40, short={"num_workers": 4, "most_p99_s": 1.0}),
     "big_checkpoint": Fault(big_checkpoint.run, 1, short={"upload_bytes": 64 << 20}),
     "stall": Fault(stall.run, 3),
 }
@@ -50,6 +50,10 @@ FAULTS = {
 
 def main():
     options = arguments()
+    for program in (RELORA, RELORA.with_name("relora-trainer")):
+        if not program.exists():
+            print(f"{program} is not there: run `make build` first, or name its folder with --bin-dir", file=sys.stderr)
+            return 2
     raise_on_signals()
     seed = options.seed if options.seed is not None else secrets.randbits(32)
     print(f"seed {seed}: --seed {seed} repeats which phases are met and which delays are drawn", flush=True)
@@ -104,8 +108,8 @@ def machine():
         text = pathlib.Path(path).read_text()
         return next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith(begin)), "")
 
-    return {"cpu": line("/proc/cpuinfo", "model name"), "cores": os.cpu_count(), "memory": line("/proc/meminfo", "MemTotal"),
-            "kernel": platform.release()}
+    return {"cpu": line("/proc/cpuinfo", "model name"), "cores": os.cpu_count(),
+            "memory": line("/proc/meminfo", "MemTotal"), "kernel": platform.release()}
 
 
 def arguments():

@@ -35,9 +35,10 @@ class Missed(Exception):
 
 
 def run(site, runs, random, min_states=MIN_STATES):
-    spec = jobs.tiny(site, num_steps=720)
-    while len(jobs.reference(site, spec).states) < min_states:
-        spec = jobs.tiny(site, num_steps=spec["schedule"]["num_steps"] * 2)
+    spec = jobs.tiny(site)
+    while (num_states := len(jobs.reference(site, spec).states)) < min_states:
+        scale = 1 + min_states / max(1, num_states)
+        spec = jobs.tiny(site, num_steps=int(spec["schedule"]["num_steps"] * scale) // 12 * 12)
     campaign = Campaign(site, spec, random)
     planned = plan(runs, random)
     for phase, following in zip(planned, [*planned[1:], None]):

@@ -1,10 +1,10 @@
 """PostgreSQL restarts, crashes, loses its connections, or is down for long.
 
-`postgres_restart` waits until a worker is in the middle of a claim, a heartbeat or the commit of a node (its transaction
-waits at a gate), does the fault then, and wants the job to end once. A fault during heartbeat or commit is shorter than the
-lease and must not interrupt the run: one attempt, the same lease epoch.
+`postgres_restart` does it three times to one job: when a worker is in the middle of its claim, of a heartbeat, and of
+the commit of a node, which wait at gates. The job must end once. Each outage is shorter than the lease, so that nothing
+may interrupt the run once it is claimed: one attempt, the same lease epoch.
 
-`postgres_down` stops PostgreSQL for three leases while two jobs run: both go on and neither is restarted.
+`postgres_down` stops PostgreSQL for three leases while jobs run: all go on, and none is restarted.
 """
 
 import re
@@ -22,26 +22,31 @@ FAULTS = ("restart", "crash", "terminate")
 def run_restart(site, runs, random):
     spec = jobs.tiny(site)
     undisturbed = jobs.reference(site, spec)
-    cases = [(moment, fault) for fault in FAULTS for moment in MOMENTS]
     first = random.randrange(len(FAULTS))
-    problems, done, outages = [], [], []
-    with site.working():
-        for i in range(runs):
-            moment, fault = cases[(i + first * len(MOMENTS)) % len(cases)]
-            done.append(f"{fault} in {moment}")
-            job_id = jobs.submit(site, spec) if moment != "claim" else None
-            if job_id:
-                jobs.wait_for_steps(site, job_id)
-                time.sleep(random.uniform(0, 1))
-            with site.postgres.gate(moment) as gate:
-                job_id = job_id or jobs.submit(site, spec)
-                until(gate.is_waited_at, 20, f"a worker is in a {moment}")
-                outages.append(hurt(site.postgres, fault))
-            problems += [f"{done[-1]}: {problem}" for problem in
-                         jobs.problems_of(site, job_id, undisturbed) + repeated(site, job_id, moment)]
-    kinds = ", ".join(sorted(set(done)))
-    return judged("postgres_restart", runs, problems, f"{kinds}; away for {max(outages):.1f} s at most, lease {LEASE_S} s",
-                  cases=done, outages_s=[round(outage, 2) for outage in outages])
+    problems, outages_s = [], []
+    for i in range(runs):
+        fault = FAULTS[(first + i) % len(FAULTS)]
+        with site.working():
+            job_id = None
+            for moment in MOMENTS:
+                if moment != "claim":
+                    jobs.wait_for_steps(site, job_id)
+                    time.sleep(random.uniform(0, 0.5))
+                with site.postgres.gate(moment) as gate:
+                    job_id = job_id or jobs.submit(site, spec)
+                    until(gate.is_waited_at, 20, f"a worker is in a {moment}")
+                    outages_s.append(hurt(site.postgres, fault))
+                if moment == "claim":
+                    lost = lost_claims(site, job_id)
+            found = jobs.problems_of(site, job_id, undisturbed) + interrupted(site, job_id, lost)
+            problems += [f"{fault}: {problem}" for problem in found]
+            if lost > 1:
+                problems.append(f"{fault}: one broken claim left {lost} attempts")
+    if max(outages_s) >= LEASE_S:
+        problems.append("an outage was longer than the lease, and proves nothing")
+    faults = ", ".join(FAULTS[(first + i) % len(FAULTS)] for i in range(min(runs, len(FAULTS))))
+    detail = f"{faults} in each of {', '.join(MOMENTS)}; away for {max(outages_s):.1f} s at most, lease {LEASE_S} s"
+    return judged("postgres_restart", runs * len(MOMENTS), problems, detail, outages_s=[round(s, 2) for s in outages_s])
 
 
 def hurt(postgres, fault):
@@ -51,45 +56,49 @@ def hurt(postgres, fault):
         case "terminate":
             postgres.terminate_connections()
         case "restart":
-            postgres.stop()
-            postgres.start()
+            with postgres.away(signal.SIGINT):
+                pass
         case "crash":
-            postgres.stop(signal.SIGQUIT)
-            postgres.start()
+            with postgres.away(signal.SIGQUIT):
+                pass
     return time.monotonic() - started
 
 
-def repeated(site, job_id, moment):
-    """A claim that was broken off may leave nothing, or a lease that runs out; a run must not notice."""
-    made = jobs.attempts(site, job_id)
-    outcomes = [attempt["outcome"] for attempt in made]
-    if moment == "claim" and outcomes in (["succeeded"], ["lease_expired", "succeeded"]):
-        return []
-    if moment != "claim" and outcomes == ["succeeded"] and jobs.lease_epoch(site, job_id) == 1:
+def lost_claims(site, job_id):
+    """A claim that is broken off is made again. If it was committed after all, and only the answer was lost, its lease
+    has to run out before."""
+    jobs.wait_for_steps(site, job_id)
+    return len(jobs.attempts(site, job_id)) - 1
+
+
+def interrupted(site, job_id, num_lost_claims=0):
+    """What is wrong with a job that should have had one attempt after the claims that were lost."""
+    outcomes = [attempt["outcome"] for attempt in jobs.attempts(site, job_id)]
+    if outcomes == ["lease_expired"] * num_lost_claims + ["succeeded"] and jobs.lease_epoch(site, job_id) == len(outcomes):
         return []
     return [f"{job_id} had the attempts {outcomes}"]
 
 
-def run_down(site, runs, random):
-    spec = jobs.tiny(site, num_steps=1200)
+def run_down(site, runs, random, num_jobs=2, num_steps=1200):
+    spec = jobs.tiny(site, num_steps)
     undisturbed = jobs.reference(site, spec)
     problems, progress = [], []
     for _ in range(runs):
-        with site.working(2) as workers:
-            job_ids = [jobs.submit(site, spec) for _ in range(2)]
+        with site.working(num_jobs) as workers:
+            job_ids = [jobs.submit(site, spec) for _ in range(num_jobs)]
             for job_id in job_ids:
                 jobs.wait_for_steps(site, job_id)
             time.sleep(random.uniform(0, 1))
-            site.postgres.stop(random.choice([signal.SIGINT, signal.SIGQUIT]))
-            first = [trained_steps(workers, job_id) for job_id in job_ids]
-            time.sleep(3 * LEASE_S)
-            made = [trained_steps(workers, job_id) - start for job_id, start in zip(job_ids, first)]
+            with site.postgres.away(random.choice([signal.SIGINT, signal.SIGQUIT])):
+                first = [trained_steps(workers, job_id) for job_id in job_ids]
+                time.sleep(3 * LEASE_S)
+                made = [trained_steps(workers, job_id) - start for job_id, start in zip(job_ids, first)]
             progress += made
-            site.postgres.start()
-            problems += [f"{job_id} trained {steps} steps meanwhile" for job_id, steps in zip(job_ids, made) if steps == 0]
+            problems += [f"{job_id} stood still meanwhile" for job_id, steps in zip(job_ids, made) if steps == 0]
             for job_id in job_ids:
-                problems += jobs.problems_of(site, job_id, undisturbed) + repeated(site, job_id, "down")
-    detail = f"2 jobs, down for {3 * LEASE_S} s with a lease of {LEASE_S} s; steps meanwhile: {min(progress)} at least"
+                problems += jobs.problems_of(site, job_id, undisturbed) + interrupted(site, job_id)
+    detail = (f"{num_jobs} jobs, down for {3 * LEASE_S} s with a lease of {LEASE_S} s; "
+              f"steps meanwhile: {min(progress)} at least")
     return judged("postgres_down", runs, problems, detail, steps_meanwhile=progress)
 
 

@@ -3,7 +3,8 @@
 The zombie must change nothing: the rows of the job are compared, and the objects that nodes name. Objects below the
 prefix of its own lease epoch may be there that nobody names.
 
-It is stopped between two writes, in the middle of an upload, or in the middle of the transaction that makes a node visible.
+It is stopped between two writes, in the middle of an upload, or in the middle of the transaction that makes a node
+visible.
 """
 
 import hashlib
@@ -37,7 +38,7 @@ def run(site, runs, random):
         problems += [f"stopped in {moment}: {problem}" for problem in found["problems"]]
         orphans += found["orphans"]
         seconds.append(found["takeover_s"])
-    detail = (f"{', '.join(MOMENTS[:runs])}; taken over after {max(seconds):.1f} s at most with a lease of {LEASE_S} s; "
+    detail = (f"{', '.join(MOMENTS[:runs])}; taken over after {max(seconds):.1f} s at most, lease {LEASE_S} s; "
               f"{orphans} orphans under the zombies' own epochs")
     return judged("sigstop", runs, problems, detail, takeover_s=[round(s, 2) for s in seconds], orphans=orphans)
 
@@ -113,8 +114,9 @@ def cont(pid):
 def dump(site, job_id):
     """The rows of a job in all tables that a worker writes to."""
     item = site.postgres.value(f"select work_item_id from jobs where id = '{job_id}'")
-    return {table: site.postgres.query(f"select * from {table} as r where {where.format(job=job_id, item=item)} order by r::text")
-            for table, where in TABLES.items()}
+    queries = {table: f"select * from {table} as r where {where.format(job=job_id, item=item)} order by r::text"
+               for table, where in TABLES.items()}
+    return {table: site.postgres.query(query) for table, query in queries.items()}
 
 
 def stored(site):

@@ -17,7 +17,7 @@ from ..processes import until
 from ..rows import Row, judged
 
 DISK_MB = 64
-MEMORY_BYTES = 96 << 20
+MEMORY_BYTES = 24 << 20
 
 
 def run_disk_full(site, runs, random):
@@ -42,7 +42,8 @@ def run_disk_full(site, runs, random):
             kinds.append(failure["kind"])
             problems += unlike(failure, ("storage",), "No space left")
             problems += jobs.problems_of(site, job_id, undisturbed) + dead(worker)
-    return judged("worker_disk_full", runs, problems, f"failed as {', '.join(sorted(set(kinds)))}; went on once there was space")
+    detail = f"failed as {', '.join(sorted(set(kinds)))}; the job went on once there was space"
+    return judged("worker_disk_full", runs, problems, detail)
 
 
 def with_small_disk(folder):
@@ -87,13 +88,14 @@ def run_oom(site, runs, random):
                 problems += unlike(failure, ("out_of_memory",), "") + dead(worker)
                 limit(group, -1)
                 job_id = jobs.submit(site, spec)
-                jobs.wait_for_states(site, job_id)
+                jobs.wait_for_steps(site, job_id)
                 os.kill(worker.trainer_pid(), signal.SIGKILL)
                 until(lambda: jobs.events(site, job_id, "requeued"), 20, "a killed trainer is noticed")
                 failure = jobs.events(site, job_id, "requeued")[0]["data"]["failure"]
                 kinds.append(failure["kind"])
-                problems += unlike(failure, ("infrastructure",), "")
-                problems += jobs.problems_of(site, job_id, jobs.reference(site, spec)) + dead(worker)
+                problems += unlike(failure, ("infrastructure",), "") + dead(worker)
+                site.server.post(f"/v1/jobs/{job_id}/cancel")
+                jobs.wait_for_end(site, job_id)
     finally:
         site.end_workers()
         until(lambda: remove(group), 10, "the memory group is empty")
