@@ -141,6 +141,8 @@ class Reference:
         if job["state"] != "succeeded":
             raise Failure(f"the undisturbed run: {told(job)}")
         self.weights = weights(site, self.job_id)
+        at = {event["type"]: moment(event["at"]) for event in events(site, self.job_id)}
+        self.run_s = at["succeeded"] - at["started"]
         self.states = events(site, self.job_id, "state")
         self.upload_s = self._longest_upload_s(site)
 
@@ -159,6 +161,15 @@ def reference(site, spec):
     if key not in site.references:
         site.references[key] = Reference(site, spec)
     return site.references[key]
+
+
+def long_enough(site, spec, least_s):
+    """The spec with so many steps that the undisturbed run takes so long here."""
+    while (run_s := reference(site, spec).run_s) < least_s:
+        num_steps = int(spec["schedule"]["num_steps"] * (0.1 + least_s / run_s))
+        spec = spec | {key: value for key, value in tiny(site, num_steps - num_steps % 12).items()
+                       if key in ("method", "schedule", "eval", "checkpoints")}
+    return spec
 
 
 def moment(text):

@@ -35,11 +35,8 @@ class Missed(Exception):
 
 
 def run(site, runs, random, min_states=MIN_STATES):
-    spec = jobs.tiny(site)
-    while (num_states := len(jobs.reference(site, spec).states)) < min_states:
-        scale = 1 + min_states / max(1, num_states)
-        spec = jobs.tiny(site, num_steps=int(spec["schedule"]["num_steps"] * scale) // 12 * 12)
-    campaign = Campaign(site, spec, random)
+    spec = jobs.long_enough(site, jobs.tiny(site), (min_states + 1) * jobs.STATE_EVERY_S)
+    campaign = Campaign(site, spec, random, min_states)
     planned = plan(runs, random)
     for phase, following in zip(planned, [*planned[1:], None]):
         campaign.kill_in(phase, following)
@@ -62,8 +59,8 @@ def plan(runs, random):
 class Campaign:
     """One job after another, and the kills that they go through."""
 
-    def __init__(self, site, spec, random):
-        self.site, self.spec, self.random = site, spec, random
+    def __init__(self, site, spec, random, min_states):
+        self.site, self.spec, self.random, self.min_states = site, spec, random, min_states
         self.reference = jobs.reference(site, spec)
         self.kills = dict.fromkeys(PHASES, 0)
         self.victims = {}
@@ -263,6 +260,8 @@ class Campaign:
             if repeated_s > allowed_s:
                 problems.append(f"{job_id}: {repeated_steps} steps of {repeated_s:.2f} s were repeated, "
                                 f"and {allowed_s:.2f} s are allowed")
+        if len(self.reference.states) < self.min_states:
+            problems.append(f"the job has {len(self.reference.states)} states, and {self.min_states} are wanted")
         few = [phase for phase, count in self.kills.items() if count < MIN_PER_PHASE]
         if few and runs >= MIN_PER_PHASE * len(PHASES):
             problems.append(f"fewer than {MIN_PER_PHASE} kills in {', '.join(few)}")

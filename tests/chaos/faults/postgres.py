@@ -74,9 +74,9 @@ def lost_claims(site, job_id):
 def interrupted(site, job_id, num_lost_claims=0):
     """What is wrong with a job that should have had one attempt after the claims that were lost."""
     outcomes = [attempt["outcome"] for attempt in jobs.attempts(site, job_id)]
-    if outcomes == ["lease_expired"] * num_lost_claims + ["succeeded"] and jobs.lease_epoch(site, job_id) == len(outcomes):
-        return []
-    return [f"{job_id} had the attempts {outcomes}"]
+    expected = ["lease_expired"] * num_lost_claims + ["succeeded"]
+    is_right = outcomes == expected and jobs.lease_epoch(site, job_id) == len(expected)
+    return [] if is_right else [f"{job_id} had the attempts {outcomes}"]
 
 
 def run_down(site, runs, random, num_jobs=2, num_steps=1200):

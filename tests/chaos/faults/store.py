@@ -5,6 +5,7 @@ node says. Where an answer can be cut or lost, the trainer is killed once, so th
 through the fault as well.
 """
 
+import dataclasses
 import os
 import signal
 import time
@@ -26,57 +27,82 @@ STAGES_THROUGH = ("store_errors", "store_resets", "store_truncated")
 
 
 def row(fault):
-    """The function of one row."""
+    """The function of one row: a job for every run."""
     def run(site, runs, random):
-        return run_all(site, runs, random, (fault,), FAULT_S, fault)
+        spec = jobs.long_enough(site, jobs.wide(site), 3 * FAULT_S)
+        undisturbed = jobs.reference(site, spec)
+        problems, seen = [], Seen()
+        for _ in range(runs):
+            with site.working() as [worker]:
+                job_id = jobs.submit(site, spec)
+                jobs.wait_for_states(site, job_id)
+                time.sleep(random.uniform(0, 0.5))
+                problems += disturb(site, job_id, worker, fault, FAULT_S, spec["checkpoints"]["every_steps"], seen)
+                problems += nodes_after(site, job_id, seen) + jobs.problems_of(site, job_id, undisturbed)
+                attempts = [attempt["outcome"] for attempt in jobs.attempts(site, job_id)]
+                if fault not in STAGES_THROUGH and attempts != ["succeeded"]:
+                    problems.append(f"{job_id} had the attempts {attempts}")
+        detail = (f"{FAULT_S:.0f} s at least; {seen.harmed} requests harmed; "
+                  f"steps meanwhile: {min(seen.steps)} at least; nodes after it: {min(seen.nodes_after, default=0)} at least")
+        return judged(fault, runs, problems, detail, **dataclasses.asdict(seen))
 
     return run
 
 
-def run_all(site, runs, random, faults=tuple(FAULTS), fault_s=1.0, name="store"):
-    """Jobs that go through one fault after another."""
-    spec = jobs.wide(site, num_steps=120 if len(faults) == 1 else 240)
+def run_short(site, runs, random, fault_s=1.0):
+    """One fault after another, on as few jobs as that takes."""
+    spec = jobs.wide(site)
     undisturbed = jobs.reference(site, spec)
-    problems, seen = [], {"harmed": 0, "steps_meanwhile": [], "nodes_after": []}
+    problems, seen, job_ids = [], Seen(), []
     for _ in range(runs):
         with site.working() as [worker]:
-            job_id = jobs.submit(site, spec)
-            jobs.wait_for_states(site, job_id)
-            for fault in faults:
+            for fault in FAULTS:
+                if not job_ids or jobs.step(site, job_ids[-1]) > spec["schedule"]["num_steps"] // 2:
+                    job_ids.append(jobs.submit(site, spec))
+                jobs.wait_for_states(site, job_ids[-1])
                 time.sleep(random.uniform(0, 0.5))
-                problems += [f"{fault}: {problem}" for problem in disturb(site, job_id, worker, fault, fault_s, seen)]
-            last_seq = max(event["seq"] for event in jobs.events(site, job_id))
-            problems += jobs.problems_of(site, job_id, undisturbed)
-            after = [event for event in jobs.events(site, job_id)
-                     if event["seq"] > last_seq and event["type"] in ("checkpoint", "restart", "state")]
-            seen["nodes_after"].append(len(after))
-            if not after:
-                problems.append(f"{job_id} stored nothing after the fault")
-            attempts = [attempt["outcome"] for attempt in jobs.attempts(site, job_id)]
-            if not set(faults) & set(STAGES_THROUGH) and attempts != ["succeeded"]:
-                problems.append(f"{job_id} had the attempts {attempts}")
-    detail = (f"{fault_s:.0f} s at least; {seen['harmed']} requests harmed; steps meanwhile: "
-              f"{min(seen['steps_meanwhile'])} at least; nodes after it: {min(seen['nodes_after'])} at least")
-    return judged(name, runs * len(faults), problems, detail, **seen)
+                found = disturb(site, job_ids[-1], worker, fault, fault_s, 1, seen)
+                problems += [f"{fault}: {problem}" for problem in found]
+            for job_id in job_ids:
+                problems += jobs.problems_of(site, job_id, undisturbed)
+    detail = f"{', '.join(FAULTS)}, {fault_s:.0f} s each; {seen.harmed} requests harmed; {len(job_ids)} jobs"
+    return judged("store", runs * len(FAULTS), problems, detail, **dataclasses.asdict(seen))
 
 
-def disturb(site, job_id, worker, fault, fault_s, seen):
+@dataclasses.dataclass
+class Seen:
+    harmed: int = 0
+    #: During each fault, and nodes after it.
+    steps: list = dataclasses.field(default_factory=list)
+    nodes_after: list = dataclasses.field(default_factory=list)
+
+
+def disturb(site, job_id, worker, fault, fault_s, least_steps, seen):
+    """Does it until it has lasted long enough, and the job has gone on meanwhile."""
     problems, known = [], set()
-    job = site.server.get(f"/v1/jobs/{job_id}")
-    interval = job["spec"]["checkpoints"]["every_steps"] if fault_s == FAULT_S else 1
     first, made, harm = jobs.step(site, job_id), 0, FAULTS[fault]
     with site.proxy.away() if harm is None else site.proxy.harming(**harm) as harmed:
         began = time.monotonic()
         if fault in STAGES_THROUGH and (pid := worker.trainer_pid()):
             os.kill(pid, signal.SIGKILL)
-        while (passed_s := time.monotonic() - began) < fault_s or (made < interval and passed_s < MOST_FAULT_S):
+        while (passed_s := time.monotonic() - began) < fault_s or (made < least_steps and passed_s < MOST_FAULT_S):
             problems += jobs.damaged_objects(site, job_id, known)
             time.sleep(0.5)
             made = jobs.step(site, job_id) - first
-    seen["harmed"] += sum(harmed.values()) if harmed else 0
-    seen["steps_meanwhile"].append(made)
-    if made < interval:
-        problems.append(f"{made} steps within {passed_s:.0f} s, and {interval} are wanted")
+    seen.harmed += sum(harmed.values()) if harmed else 0
+    seen.steps.append(made)
+    if made < least_steps:
+        problems.append(f"{job_id} did {made} steps within {passed_s:.0f} s, and {least_steps} are wanted")
     if harm is not None and not harmed and "delay_s" not in harm:
         problems.append("no request was harmed")
     return problems
+
+
+def nodes_after(site, job_id, seen):
+    """What is stored once the fault is over. There must be something: that is what the fault kept from going on."""
+    last_seq = max(event["seq"] for event in jobs.events(site, job_id))
+    jobs.wait_for_end(site, job_id)
+    after = [event for event in jobs.events(site, job_id)
+             if event["seq"] > last_seq and event["type"] in ("checkpoint", "restart", "state")]
+    seen.nodes_after.append(len(after))
+    return [] if after else [f"{job_id} stored nothing after the fault"]

@@ -36,9 +36,10 @@ def run_disk_full(site, runs, random):
             # The mount is the worker's alone, and is reached through it.
             disk = pathlib.Path(f"/proc/{worker.pid}/root{worker.work_dir}")
             fill(disk)
-            until(lambda: jobs.events(site, job_id, "requeued"), 30, "the attempt fails on a full disk")
-            (disk / "ballast").unlink()
-            failure = jobs.events(site, job_id, "requeued")[0]["data"]["failure"]
+            try:
+                failure = first_failure(site, job_id)
+            finally:
+                (disk / "ballast").unlink()
             kinds.append(failure["kind"])
             problems += unlike(failure, ("storage",), "No space left")
             problems += jobs.problems_of(site, job_id, undisturbed) + dead(worker)
@@ -90,8 +91,7 @@ def run_oom(site, runs, random):
                 job_id = jobs.submit(site, spec)
                 jobs.wait_for_steps(site, job_id)
                 os.kill(worker.trainer_pid(), signal.SIGKILL)
-                until(lambda: jobs.events(site, job_id, "requeued"), 20, "a killed trainer is noticed")
-                failure = jobs.events(site, job_id, "requeued")[0]["data"]["failure"]
+                failure = first_failure(site, job_id)
                 kinds.append(failure["kind"])
                 problems += unlike(failure, ("infrastructure",), "") + dead(worker)
                 site.server.post(f"/v1/jobs/{job_id}/cancel")
@@ -142,8 +142,7 @@ def run_abort(site, runs, random):
             job_id = jobs.submit(site, spec)
             jobs.wait_for_states(site, job_id)
             os.kill(worker.trainer_pid(), signal.SIGABRT)
-            until(lambda: jobs.events(site, job_id, "requeued"), 20, "the abort is noticed")
-            failure = jobs.events(site, job_id, "requeued")[0]["data"]["failure"]
+            failure = first_failure(site, job_id)
             kinds.append(failure["kind"])
             problems += unlike(failure, ("infrastructure", "internal"), "signal 6")
             problems += jobs.problems_of(site, job_id, undisturbed) + dead(worker)
@@ -157,6 +156,14 @@ def write_trainer(path, before):
 exec {BIN / "relora-trainer"} "$@"
 """)
     path.chmod(0o755)
+
+
+def first_failure(site, job_id):
+    """Why the first attempt that failed did, whether another followed or not."""
+    def ended():
+        return jobs.events(site, job_id, "requeued") + jobs.events(site, job_id, "failed")
+
+    return until(ended, 30, "the attempt fails")[0]["data"]["failure"]
 
 
 def unlike(failure, kinds, part):
