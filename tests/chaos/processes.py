@@ -8,9 +8,6 @@ import time
 
 from local_server import RELORA, Failure, LocalServer
 
-LEASE_S = 3
-
-
 def until(condition, timeout_s, what, pause_s=0.02):
     """Returns what the condition gives as soon as that is true."""
     deadline = time.monotonic() + timeout_s
@@ -36,7 +33,7 @@ class Server(LocalServer):
 
     def __init__(self, folder, log_path, **settings):
         super().__init__(log_path, data_dir=folder)
-        self.env |= {"RELORA_LOCAL_WORKER": "false", "RELORA_LEASE_S": str(LEASE_S)} | settings
+        self.env |= {"RELORA_LOCAL_WORKER": "false"} | settings
 
     def kill(self):
         """kill -9."""
@@ -54,7 +51,7 @@ class Worker:
         self.work_dir = site.folder / "work" / name
         self.log_path = site.logs / f"{name}.log"
         self.env = site.env | site.access(direct) | {
-            "RELORA_WORKER_NAME": name, "RELORA_WORK_DIR": str(self.work_dir), "RELORA_LEASE_S": str(LEASE_S),
+            "RELORA_WORKER_NAME": name, "RELORA_WORK_DIR": str(self.work_dir), "RELORA_LEASE_S": str(site.lease_s),
             "RELORA_LOG": "info",
         } | settings
         with open(self.log_path, "ab") as log:

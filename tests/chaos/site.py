@@ -24,8 +24,8 @@ TEXT = "".join(f"def function_{i}(value):\n    return value * {i} + {i % 7}\n\n"
 class Site:
     """PostgreSQL, a store behind a proxy, an API server, tokens to train on, and workers as they are asked for."""
 
-    def __init__(self, logs):
-        self.logs = pathlib.Path(logs)
+    def __init__(self, logs, lease_s=3):
+        self.logs, self.lease_s = pathlib.Path(logs), lease_s
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="relora-chaos-", dir=parent_of_data()))
         self.folder.chmod(0o755)  # as root the databases run as another user
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("RELORA_", "S3_", "AWS_", "DATABASE_URL"))}
@@ -60,7 +60,8 @@ class Site:
         self.proxy = Proxy(self.store_access["port"])
         self.stack.callback(self.proxy.close)
         self.proxy.start()
-        self.server = Server(self.folder / "server", self.logs / "server.log", **self.access())
+        settings = {"RELORA_LEASE_S": str(self.lease_s)} | self.access()
+        self.server = Server(self.folder / "server", self.logs / "server.log", **settings)
         self.stack.callback(self.server.kill)
         self.server.start()
         self.postgres.install_gates()

@@ -19,7 +19,7 @@ SHORT["store"] = Fault(store.run_short, 1)
 
 @pytest.fixture(scope="module")
 def site():
-    with Site(ROOT / "target" / "chaos" / "short") as site:
+    with Site(ROOT / "target" / "chaos" / "short", lease_s=2) as site:
         yield site
 
 

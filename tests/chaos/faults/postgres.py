@@ -12,7 +12,7 @@ import signal
 import time
 
 from .. import jobs
-from ..processes import LEASE_S, until
+from ..processes import until
 from ..rows import judged
 
 MOMENTS = ("claim", "heartbeat", "commit")
@@ -42,10 +42,11 @@ def run_restart(site, runs, random):
             problems += [f"{fault}: {problem}" for problem in found]
             if lost > 1:
                 problems.append(f"{fault}: one broken claim left {lost} attempts")
-    if max(outages_s) >= LEASE_S:
+    if max(outages_s) >= site.lease_s:
         problems.append("an outage was longer than the lease, and proves nothing")
     faults = ", ".join(FAULTS[(first + i) % len(FAULTS)] for i in range(min(runs, len(FAULTS))))
-    detail = f"{faults} in each of {', '.join(MOMENTS)}; away for {max(outages_s):.1f} s at most, lease {LEASE_S} s"
+    detail = (f"{faults} in each of {', '.join(MOMENTS)}; away for {max(outages_s):.1f} s at most, "
+              f"lease {site.lease_s} s")
     return judged("postgres_restart", runs * len(MOMENTS), problems, detail, outages_s=[round(s, 2) for s in outages_s])
 
 
@@ -91,13 +92,13 @@ def run_down(site, runs, random, num_jobs=2, num_steps=1200):
             time.sleep(random.uniform(0, 1))
             with site.postgres.away(random.choice([signal.SIGINT, signal.SIGQUIT])):
                 first = [trained_steps(workers, job_id) for job_id in job_ids]
-                time.sleep(3 * LEASE_S)
+                time.sleep(3 * site.lease_s)
                 made = [trained_steps(workers, job_id) - start for job_id, start in zip(job_ids, first)]
             progress += made
             problems += [f"{job_id} stood still meanwhile" for job_id, steps in zip(job_ids, made) if steps == 0]
             for job_id in job_ids:
                 problems += jobs.problems_of(site, job_id, undisturbed) + interrupted(site, job_id)
-    detail = (f"{num_jobs} jobs, down for {3 * LEASE_S} s with a lease of {LEASE_S} s; "
+    detail = (f"{num_jobs} jobs, down for {3 * site.lease_s} s with a lease of {site.lease_s} s; "
               f"steps meanwhile: {min(progress)} at least")
     return judged("postgres_down", runs, problems, detail, steps_meanwhile=progress)
 

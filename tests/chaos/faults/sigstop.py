@@ -12,8 +12,10 @@ import os
 import signal
 import time
 
+from local_server import Failure
+
 from .. import jobs
-from ..processes import LEASE_S, until
+from ..processes import until
 from ..rows import judged
 
 MOMENTS = ("step", "upload", "commit")
@@ -33,13 +35,17 @@ def run(site, runs, random):
     problems, seconds, orphans = [], [], 0
     for i in range(runs):
         moment = MOMENTS[i % len(MOMENTS)]
-        with site.working(2) as workers:
-            found = haunt(site, spec, undisturbed, workers, moment, random)
+        try:
+            with site.working(2) as workers:
+                found = haunt(site, spec, undisturbed, workers, moment, random)
+        except Failure as failure:
+            problems.append(f"stopped in {moment}: {failure}")
+            continue
         problems += [f"stopped in {moment}: {problem}" for problem in found["problems"]]
         orphans += found["orphans"]
         seconds.append(found["takeover_s"])
-    detail = (f"{', '.join(MOMENTS[:runs])}; taken over after {max(seconds):.1f} s at most, lease {LEASE_S} s; "
-              f"{orphans} orphans under the zombies' own epochs")
+    detail = (f"{', '.join(MOMENTS[:runs])}; taken over after {max(seconds, default=0):.1f} s at most, "
+              f"lease {site.lease_s} s; {orphans} orphans under the zombies' own epochs")
     return judged("sigstop", runs, problems, detail, takeover_s=[round(s, 2) for s in seconds], orphans=orphans)
 
 
@@ -53,7 +59,7 @@ def haunt(site, spec, undisturbed, workers, moment, random):
     try:
         started = time.monotonic()
         try:
-            until(lambda: jobs.lease_epoch(site, job_id) > epoch, 4 * LEASE_S, "another worker claims the job")
+            until(lambda: jobs.lease_epoch(site, job_id) > epoch, 4 * site.lease_s, "another worker claims the job")
         finally:
             takeover_s = time.monotonic() - started
         jobs.wait_for_end(site, job_id)

@@ -42,8 +42,8 @@ def row(fault):
                 attempts = [attempt["outcome"] for attempt in jobs.attempts(site, job_id)]
                 if fault not in STAGES_THROUGH and attempts != ["succeeded"]:
                     problems.append(f"{job_id} had the attempts {attempts}")
-        detail = (f"{FAULT_S:.0f} s at least; {seen.harmed} requests harmed; "
-                  f"steps meanwhile: {min(seen.steps)} at least; nodes after it: {min(seen.nodes_after, default=0)} at least")
+        detail = (f"{FAULT_S:.0f} s at least; {seen.harmed} requests harmed; steps meanwhile: {min(seen.steps)} "
+                  f"at least; nodes after it: {min(seen.nodes_after)} at least")
         return judged(fault, runs, problems, detail, **dataclasses.asdict(seen))
 
     return run
