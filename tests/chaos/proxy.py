@@ -102,8 +102,10 @@ class Proxy:
 
     def close(self):
         self.down()
+        self._call(end_others())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(5)
+        self.loop.close()
 
     def up(self):
         """Listens, where it did before."""
@@ -156,8 +158,8 @@ class Proxy:
         try:
             while await self._pass_on(reader, writer):
                 pass
-        except (OSError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            pass
+        except (OSError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, asyncio.CancelledError):
+            pass  # a side that is gone, or the end of the proxy: asyncio complains of tasks that end as cancelled
         finally:
             self.connections.discard(writer)
             writer.close()
@@ -236,6 +238,14 @@ class Proxy:
         if happens:
             self.harmed[name] = self.harmed.get(name, 0) + 1
         return happens
+
+
+async def end_others():
+    """Cancels every other task, and waits for them."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def copy(reader, writer, num_bytes, bytes_per_s):

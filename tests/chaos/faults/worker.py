@@ -89,7 +89,7 @@ def run_oom(site, runs, random):
                 problems += unlike(failure, ("out_of_memory",), "") + dead(worker)
                 limit(group, -1)
                 job_id = jobs.submit(site, spec)
-                jobs.wait_for_steps(site, job_id)
+                jobs.wait_for_states(site, job_id)  # its log has a line by then
                 os.kill(worker.trainer_pid(), signal.SIGKILL)
                 failure = first_failure(site, job_id)
                 kinds.append(failure["kind"])
