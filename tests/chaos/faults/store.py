@@ -49,7 +49,7 @@ def row(fault):
     return run
 
 
-def run_short(site, runs, random, fault_s=1.0):
+def run_short(site, runs, random, fault_s=0.5):
     """One fault after another, on as few jobs as that takes."""
     spec = jobs.wide(site)
     undisturbed = jobs.reference(site, spec)
@@ -60,12 +60,11 @@ def run_short(site, runs, random, fault_s=1.0):
                 if not job_ids or jobs.step(site, job_ids[-1]) > spec["schedule"]["num_steps"] // 2:
                     job_ids.append(jobs.submit(site, spec))
                 jobs.wait_for_states(site, job_ids[-1])
-                time.sleep(random.uniform(0, 0.5))
                 found = disturb(site, job_ids[-1], worker, fault, fault_s, 1, seen)
                 problems += [f"{fault}: {problem}" for problem in found]
             for job_id in job_ids:
                 problems += jobs.problems_of(site, job_id, undisturbed)
-    detail = f"{', '.join(FAULTS)}, {fault_s:.0f} s each; {seen.harmed} requests harmed; {len(job_ids)} jobs"
+    detail = f"{', '.join(FAULTS)}, {fault_s} s each at least; {seen.harmed} requests harmed; {len(job_ids)} jobs"
     return judged("store", runs * len(FAULTS), problems, detail, **dataclasses.asdict(seen))
 
 
@@ -87,7 +86,7 @@ def disturb(site, job_id, worker, fault, fault_s, least_steps, seen):
             os.kill(pid, signal.SIGKILL)
         while (passed_s := time.monotonic() - began) < fault_s or (made < least_steps and passed_s < MOST_FAULT_S):
             problems += jobs.damaged_objects(site, job_id, known)
-            time.sleep(0.5)
+            time.sleep(fault_s / 4)
             made = jobs.step(site, job_id) - first
     seen.harmed += sum(harmed.values()) if harmed else 0
     seen.steps.append(made)
