@@ -80,11 +80,14 @@ def disturb(site, job_id, worker, fault, fault_s, least_steps, seen):
     """Does it until it has lasted long enough, and the job has gone on meanwhile."""
     problems, known = [], set()
     first, made, harm = jobs.step(site, job_id), 0, FAULTS[fault]
+    counts = harm is not None and "delay_s" not in harm
     with site.proxy.away() if harm is None else site.proxy.harming(**harm) as harmed:
         began = time.monotonic()
         if fault in STAGES_THROUGH and (pid := worker.trainer_pid()):
             os.kill(pid, signal.SIGKILL)
-        while (passed_s := time.monotonic() - began) < fault_s or (made < least_steps and passed_s < MOST_FAULT_S):
+        while (passed_s := time.monotonic() - began) < fault_s or (
+            (made < least_steps or counts and not harmed) and passed_s < MOST_FAULT_S
+        ):
             problems += jobs.damaged_objects(site, job_id, known)
             time.sleep(fault_s / 4)
             made = jobs.step(site, job_id) - first
@@ -92,7 +95,7 @@ def disturb(site, job_id, worker, fault, fault_s, least_steps, seen):
     seen.steps.append(made)
     if made < least_steps:
         problems.append(f"{job_id} did {made} steps within {passed_s:.0f} s, and {least_steps} are wanted")
-    if harm is not None and not harmed and "delay_s" not in harm:
+    if counts and not harmed:
         problems.append("no request was harmed")
     return problems
 
