@@ -247,6 +247,12 @@ async fn run(command: Command) -> anyhow::Result<Outcome> {
     }
 }
 
+/// What an operator does by hand is done in seconds.
+async fn connect_as_operator() -> anyhow::Result<PgPool> {
+    let config = DatabaseConfig::from_env()?;
+    db::connect(config.url.expose(), 1, 60).await.context("connect to PostgreSQL")
+}
+
 /// Whoever read our output has had enough, as `head` has: no error.
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)

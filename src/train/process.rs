@@ -110,15 +110,15 @@ pub fn run(args: &Args) -> ExitCode {
     }
 }
 
-/// What a panic says becomes an error, as whatever else goes wrong.
-pub /// A worker may be killed while it holds its trainer. Then the trainer has to go on, to find that nobody is there.
+/// A worker may be killed while it holds its trainer. Then the trainer has to go on, to find that nobody is there.
 fn go_on_without_a_parent() {
     if let Err(error) = set_parent_process_death_signal(Some(Signal::CONT)) {
         tracing::warn!(%error, "a trainer that is held may outlive its worker");
     }
 }
 
-fn unless_it_panics<T>(run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
+/// What a panic says becomes an error, as whatever else goes wrong.
+pub fn unless_it_panics<T>(run: impl FnOnce() -> Result<T, TrainError>) -> Result<T, TrainError> {
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| Err(TrainError::from_panic(&*panic)))
 }
 

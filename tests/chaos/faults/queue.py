@@ -32,10 +32,11 @@ LEAST_SHARE_FRAC = 0.3
 # Once per attempt, so it is a program that starts at once. The first attempt of a job that is named so kills itself.
 TRAINER = """#!/bin/sh
 case $1 in --probe)
-    echo '{"device": "cpu", "num_gpus": 0, "memory_bytes": null, "bf16_speedup": null, "gpu_problem": null}'
+    echo '{"device": "cpu", "num_gpus": 0, "memory_bytes": null, "bf16_speedup": null, "gpu_problem": null,\
+ "numerics": {"device": "none", "cpu_capability": "none", "num_threads": 1, "libtorch": "none", "trainer": "none"}}'
     exit ;;
 esac
-echo '{"event": "ready", "format_version": 3, "device": "cpu", "step": 0, "num_params": 1,\
+echo '{"event": "ready", "format_version": 4, "device": "cpu", "step": 0, "num_params": 1,\
  "fingerprint": {"device": "none", "cpu_capability": "none", "num_threads": 1, "libtorch": "none", "trainer": "none",\
  "micro_batch_seqs": 1},\
  "choices": {"micro_batch_seqs": 1, "merged_weights": "resident"}}'
