@@ -14,7 +14,7 @@ pub enum Command {
     Drain {
         /// Its name, or its identifier.
         worker: String,
-        /// Have it save and hand back what it is at, too.
+        /// Have it save and hand back the jobs that it trains, too.
         #[arg(long)]
         hand_back: bool,
     },

@@ -32,6 +32,8 @@ pub enum ApiError {
     MalformedJson(String),
     #[error("the body is not multipart/form-data: {0}")]
     MalformedMultipart(String),
+    #[error("the import took too long: at most 20 hours may pass until its last file is there")]
+    ImportTooSlow,
     #[error("the body broke off after {received_bytes} bytes: {reason}")]
     UploadBroken { received_bytes: i64, reason: String },
     #[error("an API key is needed: send it as `Authorization: Bearer rl_…`")]
@@ -68,6 +70,8 @@ pub enum ApiError {
     JobFinished(JobState),
     #[error("the checkpoint that the job began with was deleted, and the job has no state to go on from")]
     NothingToGoOnFrom,
+    #[error("the tokenization that the job trains on has failed; submit another job with other tokens")]
+    TokensFailed,
     #[error("that cannot be asked of a job that is {}", state_name(*.0))]
     WrongJobState(JobState),
     #[error(
@@ -111,6 +115,7 @@ impl ApiError {
             Self::InvalidHeader { .. } => (StatusCode::BAD_REQUEST, "invalid_header"),
             Self::MalformedJson(_) => (StatusCode::BAD_REQUEST, "malformed_json"),
             Self::MalformedMultipart(_) => (StatusCode::BAD_REQUEST, "malformed_multipart"),
+            Self::ImportTooSlow => (StatusCode::BAD_REQUEST, "import_too_slow"),
             Self::UploadBroken { .. } => (StatusCode::BAD_REQUEST, "upload_broken"),
             Self::Unauthenticated => (StatusCode::UNAUTHORIZED, "unauthenticated"),
             Self::MissingScope(_) => (StatusCode::FORBIDDEN, "missing_scope"),
@@ -128,6 +133,7 @@ impl ApiError {
             Self::Superseded => (StatusCode::CONFLICT, "superseded"),
             Self::JobFinished(_) => (StatusCode::CONFLICT, "job_finished"),
             Self::WrongJobState(_) => (StatusCode::CONFLICT, "wrong_job_state"),
+            Self::TokensFailed => (StatusCode::CONFLICT, "tokens_failed"),
             Self::NothingToGoOnFrom => (StatusCode::CONFLICT, "nothing_to_go_on_from"),
             Self::NoJobToFork => (StatusCode::CONFLICT, "no_job_to_fork"),
             Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "too_large"),

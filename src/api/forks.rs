@@ -9,7 +9,7 @@ use super::{
     error::{ApiError, ApiResult},
     extract::{JsonBody, Path},
     jobs::{self, Job},
-    responses::{BodyErrors, CallerErrors, ConflictError, NotFoundError},
+    responses::{BodyErrors, CallerErrors, ConflictError, GoneError, NotFoundError},
 };
 use crate::{
     db::lineage,
@@ -29,7 +29,7 @@ use crate::{
 #[utoipa::path(post, path = "/v1/checkpoints/{checkpoint_id}/fork", tag = "checkpoints",
     params(("checkpoint_id" = String, Path)), request_body = TrainSpecRequest,
     responses((status = 201, description = "The new job, queued", body = Job),
-        CallerErrors, BodyErrors, NotFoundError, ConflictError))]
+        CallerErrors, BodyErrors, NotFoundError, ConflictError, GoneError))]
 pub async fn fork_checkpoint(
     caller: Caller,
     State(state): State<AppState>,
@@ -38,6 +38,12 @@ pub async fn fork_checkpoint(
 ) -> ApiResult<(StatusCode, Json<Job>)> {
     let node = lineage::find(&state.pool, &caller.project, NodeKind::Checkpoint, &id).await?;
     let node = node.ok_or(ApiError::NotFound("checkpoint"))?;
+    if node.deleted_at.is_some() {
+        return Err(ApiError::Deleted("checkpoint"));
+    }
+    if node.superseded {
+        return Err(ApiError::Superseded);
+    }
     // An import has no job whose spec could be changed.
     let source = node.job.ok_or(ApiError::NoJobToFork)?;
     let source = jobs::find(&state, &caller, &source).await?;

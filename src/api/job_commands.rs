@@ -98,6 +98,7 @@ async fn give(
             Ok((StatusCode::ACCEPTED, Json(jobs::find(state, caller, id).await?.into())))
         }
         Answer::NotFound => Err(ApiError::NotFound("job")),
+        Answer::TokensFailed => Err(ApiError::TokensFailed),
         Answer::NothingToGoOnFrom => Err(ApiError::NothingToGoOnFrom),
         Answer::Refused(state) if state.is_final() && command != JobCommand::Retry => Err(ApiError::JobFinished(state)),
         Answer::Refused(state) => Err(ApiError::WrongJobState(state)),

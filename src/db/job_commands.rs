@@ -35,6 +35,8 @@ pub enum Answer {
     Refused(JobState),
     /// What the job began with was deleted, and it has no state to go on from.
     NothingToGoOnFrom,
+    /// The tokens that it trains on could not be made, and will not be.
+    TokensFailed,
 }
 
 /// What a command does to a job.
@@ -51,12 +53,16 @@ struct Effect {
 /// Gives a command to a job of this project. Giving it twice is no mistake.
 pub async fn give(pool: &PgPool, project: &ProjectId, id: &JobId, command: JobCommand) -> sqlx::Result<Answer> {
     let mut tx = pool.begin().await?;
+    let have_tokens_failed = have_tokens_failed(&mut tx, project, id).await?;
     let Some((work_item, state)) = lock(&mut tx, project, id).await? else { return Ok(Answer::NotFound) };
     let effect = match effect(command, state) {
         Ok(Some(effect)) => effect,
         Ok(None) => return Ok(Answer::Accepted),
         Err(NoSense) => return Ok(Answer::Refused(state)),
     };
+    if effect.item == Some("queued") && have_tokens_failed {
+        return Ok(Answer::TokensFailed);
+    }
     apply(&mut tx, id, &work_item, &effect).await?;
     if command == JobCommand::Retry {
         if !has_a_beginning(&mut tx, id).await? {
@@ -170,8 +176,36 @@ async fn apply(connection: &mut PgConnection, id: &JobId, work_item: &WorkItemId
     Ok(())
 }
 
+/// Whether the tokens of a job have failed for good. They stay as they are until the transaction ends: whoever ends a
+/// tokenization holds it before the jobs that wait for it.
+async fn have_tokens_failed(connection: &mut PgConnection, project: &ProjectId, id: &JobId) -> sqlx::Result<bool> {
+    let state = sqlx::query_scalar!(
+        r#"
+        -- db::job_commands::have_tokens_failed
+        select state from tokenizations
+        where id = (select tokenization_id from jobs where project_id = $1 and id = $2)
+        for share
+        "#,
+        project.as_str(),
+        id.as_str(),
+    )
+    .fetch_optional(connection)
+    .await?;
+    Ok(state.is_some_and(|state| state == "failed"))
+}
+
 /// Whether there is a state to go on from, or what the job began with.
 async fn has_a_beginning(connection: &mut PgConnection, id: &JobId) -> sqlx::Result<bool> {
+    // Nobody deletes it from here on without seeing the job.
+    sqlx::query!(
+        r#"
+        -- db::job_commands::has_a_beginning: hold
+        select id from nodes where id = (select init_node_id from jobs where id = $1) for key share
+        "#,
+        id.as_str(),
+    )
+    .fetch_optional(&mut *connection)
+    .await?;
     sqlx::query_scalar!(
         r#"
         -- db::job_commands::has_a_beginning

@@ -58,7 +58,6 @@ impl WorkKind {
 #[sqlx(type_name = "text", rename_all = "snake_case")]
 pub enum Desired {
     Run,
-    Save,
     Pause,
     /// Leave a checkpoint, and end.
     Cancel,
@@ -107,16 +106,18 @@ pub async fn claim(
     let row = sqlx::query!(
         r#"
         -- db::leases::claim
-        with next as (
+        with me as (
+            -- Held, so that whoever sets it to drain comes before this claim, or sees it.
+            select id, coalesce(numerics, '{}') as numerics from workers where id = $1 and not is_draining for share
+        ), next as (
             select w.id
-            from work_items w
+            from work_items w, me
             where w.state = 'queued'
                 and w.kind = $2
                 and w.eligible_at <= now()
                 and w.format_version <= $6
                 -- Every worker has a CPU; without one of its GPUs num_gpus means nothing.
                 and (w.device in ('auto', 'cpu') or (w.device = $3 and w.num_gpus <= $4))
-                and not exists (select 1 from workers me where me.id = $1 and me.is_draining)
                 and (
                     w.kind <> 'train'
                     or exists (
@@ -126,7 +127,7 @@ pub async fn claim(
                         where j.work_item_id = w.id and t.state = 'ready'
                             and (
                                 j.numerics is null
-                                or j.numerics @> (select coalesce(numerics, '{}') from workers where id = $1)
+                                or j.numerics @> me.numerics
                                 or w.eligible_at < now() - make_interval(secs => $7)
                                 or not exists (
                                     select 1 from workers other
@@ -138,7 +139,7 @@ pub async fn claim(
                 )
             order by w.priority desc, w.created_at, w.id
             limit 1
-            for no key update skip locked
+            for no key update of w skip locked
         ), taken as (
             update work_items w
             set state = 'leased', lease_epoch = w.lease_epoch + 1, desired = 'run'
@@ -256,19 +257,25 @@ pub async fn end_attempt(
     Ok(())
 }
 
-/// Picks one lease that ran out, and keeps others from picking it until the transaction ends. None within `grace_s` of
+/// Picks one lease that ran out and is not to be left alone, and keeps others from picking it until the transaction ends. None within `grace_s` of
 /// the database's start: while it was away nobody could renew a lease.
-pub async fn find_expired(connection: &mut PgConnection, grace_s: f64) -> sqlx::Result<Option<Lease>> {
+pub async fn find_expired(
+    connection: &mut PgConnection,
+    grace_s: f64,
+    left_alone: &[String],
+) -> sqlx::Result<Option<Lease>> {
     let row = sqlx::query!(
         r#"
         -- db::leases::find_expired
         select work_item_id as "work_item: WorkItemId", lease_epoch
         from leases
         where expires_at < now() and pg_postmaster_start_time() < now() - make_interval(secs => $1)
+            and work_item_id <> all($2)
         limit 1
         for no key update skip locked
         "#,
         grace_s,
+        left_alone,
     )
     .fetch_optional(connection)
     .await?;

@@ -97,7 +97,7 @@ pub async fn create(
     }
     let id = match kind {
         LineageTaskKind::Verify => queue(&mut tx, project, restart, kind).await?,
-        LineageTaskKind::Materialize => match find_checkpoint(&mut tx, restart).await? {
+        LineageTaskKind::Materialize => match find_checkpoint(&mut tx, restart, true).await? {
             Some(checkpoint) => find_or_insert_done(&mut tx, project, restart, &checkpoint).await?,
             None => queue(&mut tx, project, restart, kind).await?,
         },
@@ -124,8 +124,12 @@ async fn find_open(
     .await
 }
 
-/// The checkpoint with the full weights after a restart, merged by its job or materialized.
-pub(super) async fn find_checkpoint(connection: &mut PgConnection, restart: &NodeId) -> sqlx::Result<Option<NodeId>> {
+/// The checkpoint with the full weights after a restart, merged by its job or, where that will do, materialized.
+pub(super) async fn find_checkpoint(
+    connection: &mut PgConnection,
+    restart: &NodeId,
+    may_be_materialized: bool,
+) -> sqlx::Result<Option<NodeId>> {
     sqlx::query_scalar!(
         r#"
         -- db::lineage_tasks::find_checkpoint
@@ -133,11 +137,12 @@ pub(super) async fn find_checkpoint(connection: &mut PgConnection, restart: &Nod
         from nodes c
         join nodes r on r.id = c.parent_id
         where r.id = $1 and c.kind = 'checkpoint' and c.step = r.step and not c.superseded
-            and c.deleted_at is null
+            and c.deleted_at is null and ($2 or not c.materialized)
         order by c.materialized, c.id
         limit 1
         "#,
         restart.as_str(),
+        may_be_materialized,
     )
     .fetch_optional(connection)
     .await

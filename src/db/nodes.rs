@@ -165,6 +165,17 @@ async fn forget_infra_failures(connection: &mut PgConnection, lease: &Lease) -> 
     Ok(())
 }
 
+/// Takes a state out of the lineage that cannot be used.
+pub async fn give_up_state(pool: &PgPool, lease: &Lease, state: &NodeId) -> Result<(), WriteError> {
+    let mut tx = pool.begin().await?;
+    leases::fence(&mut tx, lease).await?;
+    sqlx::query!("-- db::nodes::give_up_state\nupdate nodes set superseded = true where id = $1", state.as_str())
+        .execute(&mut *tx)
+        .await?;
+    tx.commit().await?;
+    Ok(())
+}
+
 /// Forgets all states of a job but the newest `keep`, and returns the objects that nothing names any more. They are
 /// queued for deletion.
 pub async fn drop_old_states(pool: &PgPool, lease: &Lease, job: &JobId, keep: i64) -> Result<Vec<String>, WriteError> {

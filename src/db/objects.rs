@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, PgPool};
 
 /// An object that a row named.
@@ -55,6 +56,27 @@ pub async fn mark_gone(pool: &PgPool, keys: &[String]) -> sqlx::Result<()> {
         .execute(pool)
         .await?;
     Ok(())
+}
+
+/// Puts objects that the store keeps at the end of the queue.
+pub async fn put_last(pool: &PgPool, keys: &[String]) -> sqlx::Result<()> {
+    sqlx::query!(
+        "-- db::objects::put_last\nupdate deleted_objects set deleted_at = now() where object_key = any($1)",
+        keys
+    )
+    .execute(pool)
+    .await?;
+    Ok(())
+}
+
+/// The clock by which it is decided what is old: that of a worker may be wrong.
+pub async fn now(pool: &PgPool) -> sqlx::Result<DateTime<Utc>> {
+    sqlx::query_scalar!(
+        r#"-- db::objects::now
+        select now() as "now!""#
+    )
+    .fetch_one(pool)
+    .await
 }
 
 /// An object of a listing that no row names, and that nobody who holds a lease may still be going to name.

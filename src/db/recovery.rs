@@ -1,10 +1,10 @@
 //! Taking back the work of workers that went silent.
 
-use sqlx::PgPool;
+use sqlx::{PgConnection, PgPool};
 
 use super::{
     ingestion,
-    leases::{self, Outcome, WriteError},
+    leases::{self, Lease, Outcome, WriteError},
     training::{self, TrainingEnd},
     upkeep,
 };
@@ -14,21 +14,36 @@ use crate::domain::job::{Failure, FailureKind};
 /// happened too often without progress. Returns how many there were. Nothing happens within `grace_s` of the database's
 /// start.
 pub async fn requeue_expired(pool: &PgPool, grace_s: f64) -> Result<i64, WriteError> {
-    let mut num_expired = 0;
+    let (mut num_expired, mut left_alone) = (0, Vec::new());
     loop {
         let mut tx = pool.begin().await?;
-        let Some(lease) = leases::find_expired(&mut tx, grace_s).await? else { return Ok(num_expired) };
-        let failure = Failure::new(FailureKind::Infrastructure, "the worker was not heard of for a whole lease");
-        if let Some(tokenization) = ingestion::find(&mut tx, &lease).await? {
-            ingestion::settle(&mut tx, &lease, &tokenization, &failure, Outcome::LeaseExpired).await?;
-        } else if upkeep::owns(&mut tx, &lease).await? {
-            upkeep::settle(&mut tx, &lease, &failure, Outcome::LeaseExpired).await?;
-        } else {
-            let end = TrainingEnd::Failed(failure);
-            training::settle(&mut tx, &lease, &end, Outcome::LeaseExpired).await?;
+        let Some(lease) = leases::find_expired(&mut tx, grace_s, &left_alone).await? else { return Ok(num_expired) };
+        let (work_item, lease_epoch) = (&lease.work_item, lease.lease_epoch);
+        match settle(&mut tx, &lease).await {
+            Ok(()) => {
+                tx.commit().await?;
+                tracing::warn!(work_item.id = %work_item, lease.epoch = lease_epoch, "lease ran out; work taken back");
+                num_expired += 1;
+            }
+            Err(WriteError::Database(error @ (sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut))) => {
+                return Err(error.into());
+            }
+            // What cannot be settled must not keep others from it.
+            Err(error) => {
+                tracing::error!(work_item.id = %work_item, %error, "could not take back work whose lease ran out");
+                left_alone.push(work_item.to_string());
+            }
         }
-        tx.commit().await?;
-        tracing::warn!(work_item.id = %lease.work_item, lease.epoch = lease.lease_epoch, "lease ran out; work taken back");
-        num_expired += 1;
     }
+}
+
+async fn settle(connection: &mut PgConnection, lease: &Lease) -> Result<(), WriteError> {
+    let failure = Failure::new(FailureKind::Infrastructure, "the worker was not heard of for a whole lease");
+    if let Some(tokenization) = ingestion::find(connection, lease).await? {
+        return ingestion::settle(connection, lease, &tokenization, &failure, Outcome::LeaseExpired).await;
+    }
+    if upkeep::owns(connection, lease).await? {
+        return upkeep::settle(connection, lease, &failure, Outcome::LeaseExpired).await;
+    }
+    training::settle(connection, lease, &TrainingEnd::Failed(failure), Outcome::LeaseExpired).await
 }

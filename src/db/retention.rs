@@ -162,6 +162,12 @@ async fn find_blockers(connection: &mut PgConnection, nodes: &[String]) -> sqlx:
         from lineage_tasks
         where restart_id = any($1) and state in ('queued', 'running')
         union all
+        -- What the deltas are compared with.
+        select c.id, 'has_task', t.id
+        from nodes c
+        join lineage_tasks t on t.restart_id = c.parent_id
+        where c.id = any($1) and c.kind = 'checkpoint' and t.kind = 'verify' and t.state in ('queued', 'running')
+        union all
         -- A checkpoint is whole by itself; a base or a delta is part of what a descendant was made of.
         select parent.id, 'has_descendant', child.id
         from nodes parent

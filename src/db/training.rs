@@ -67,6 +67,13 @@ pub async fn begin_attempt(connection: &mut PgConnection, lease: &Lease) -> Resu
     )
     .fetch_one(&mut *connection)
     .await?;
+    // In the order of everybody who locks several nodes, and before the statement that decides what is superseded.
+    sqlx::query!(
+        "-- db::training::begin_attempt: lock\nselect id from nodes where job_id = $1 order by id for no key update",
+        job.id.as_str()
+    )
+    .fetch_all(&mut *connection)
+    .await?;
     let resume = sqlx::query_as!(
         ResumePoint,
         r#"
@@ -135,7 +142,7 @@ pub async fn mark_running(
         update jobs
         set state = case when state = 'starting' then 'running' else state end,
             started_at = coalesce(started_at, now()),
-            numerics = coalesce(numerics, $2),
+            numerics = $2,
             choices = coalesce(choices, $3)
         where id = $1
         "#,
@@ -415,8 +422,8 @@ async fn find_job(connection: &mut PgConnection, lease: &Lease) -> sqlx::Result<
         r#"
         -- db::training::find_job
         select id as "id: JobId", state as "state: JobState",
-            (spec #>> '{retries,infrastructure}')::bigint as "infra_retries!",
-            (spec #>> '{retries,user}')::bigint as "user_retries!"
+            coalesce((spec #>> '{retries,infrastructure}')::bigint, 0) as "infra_retries!",
+            coalesce((spec #>> '{retries,user}')::bigint, 0) as "user_retries!"
         from jobs where work_item_id = $1 for no key update
         "#,
         lease.work_item.as_str(),

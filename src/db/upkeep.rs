@@ -67,7 +67,8 @@ pub async fn begin_attempt(connection: &mut PgConnection, lease: &Lease) -> Resu
     };
     Ok(Some(Task {
         chain: find_chain(connection, &task.restart).await?,
-        checkpoint: lineage_tasks::find_checkpoint(connection, &task.restart).await?,
+        // What was rebuilt from the same deltas proves nothing of them.
+        checkpoint: lineage_tasks::find_checkpoint(connection, &task.restart, false).await?,
         id: task.id,
         kind: task.kind,
         project: task.project,

@@ -114,28 +114,36 @@ pub async fn list(pool: &PgPool) -> sqlx::Result<Vec<WorkerRow>> {
 }
 
 /// Sets for every living worker of this name or identifier whether it is given more work; with `hands_back` it also
-/// gives back what it holds, with its state saved. Returns how many workers there were.
-pub async fn set_draining(pool: &PgPool, worker: &str, is_draining: bool, hands_back: bool) -> sqlx::Result<i64> {
-    sqlx::query_scalar!(
+/// gives back the jobs that it trains, with their states saved. Returns how many workers there were.
+pub async fn set_draining(pool: &PgPool, worker: &str, is_draining: bool, hands_back: bool) -> sqlx::Result<usize> {
+    let mut tx = pool.begin().await?;
+    let meant = sqlx::query_scalar!(
         r#"
         -- db::workers::set_draining
-        with meant as (
-            update workers set is_draining = $2
-            where (id = $1 or name = $1) and last_seen_at > now() - make_interval(secs => $4)
-            returning id
-        ), told as (
-            update work_items set desired = 'drain'
-            where $3 and desired = 'run' and id in (
-                select work_item_id from leases where worker_id in (select id from meant)
-            )
-        )
-        select count(*) as "count!" from meant
+        update workers set is_draining = $2
+        where (id = $1 or name = $1) and last_seen_at > now() - make_interval(secs => $3)
+        returning id
         "#,
         worker,
         is_draining,
-        hands_back,
         WORKER_ALIVE_S,
     )
-    .fetch_one(pool)
-    .await
+    .fetch_all(&mut *tx)
+    .await?;
+    if hands_back {
+        // A statement of its own: it sees the claim that the first one waited for.
+        sqlx::query!(
+            r#"
+            -- db::workers::set_draining: hand back
+            update work_items set desired = 'drain'
+            where desired = 'run' and kind = 'train'
+                and id in (select work_item_id from leases where worker_id = any($1))
+            "#,
+            &meant,
+        )
+        .execute(&mut *tx)
+        .await?;
+    }
+    tx.commit().await?;
+    Ok(meant.len())
 }

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 /// `queued -> starting -> running -> succeeded | failed | cancelled`, with
-/// `pausing -> paused -> queued` and `cancelling -> cancelled`.
+/// `pausing -> paused -> queued`, `cancelling -> cancelled`, and `failed | cancelled -> queued` by a retry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema, sqlx::Type)]
 #[serde(rename_all = "snake_case")]
 #[sqlx(type_name = "text", rename_all = "snake_case")]
@@ -21,7 +21,7 @@ pub enum JobState {
 }
 
 impl JobState {
-    /// No further change will come.
+    /// No further change will come, unless its owner asks for a retry.
     pub fn is_final(self) -> bool {
         matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
     }

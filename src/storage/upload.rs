@@ -85,8 +85,9 @@ impl Store {
     /// Uploads that were begun longer ago than this are nobody's any more.
     pub const STALE_UPLOAD: Duration = Duration::from_secs(24 * 3600);
 
-    /// Stores a stream. `len_bytes`, if known, only chooses the size of the parts. A failure of any kind, and
-    /// dropping the future, stores nothing.
+    /// Stores a stream. `len_bytes`, if known, only chooses the size of the parts. After a failure, or when
+    /// the future is dropped, nothing is stored; only where the store fails after it has completed the object does that stay, an
+    /// orphan that no row names.
     pub async fn upload(
         &self,
         key: &Key,

@@ -4,7 +4,7 @@
 //! Rows go first and objects after them, so whatever breaks off in between leaves an object that is found again. Every
 //! part may be repeated, and done by two at once: that an object is gone already is what was wanted.
 
-use std::time::Duration;
+use std::{collections::HashSet, time::Duration};
 
 use anyhow::{Context, Result};
 use chrono::{DateTime, Utc};
@@ -16,7 +16,7 @@ use crate::{
         objects::{self, CollectorPart},
         retention,
     },
-    storage::{JOBS_PREFIX, Key, OTHER_PREFIXES, Store},
+    storage::{JOBS_PREFIX, Key, ListedObject, OTHER_PREFIXES, Store},
 };
 
 /// How often each worker asks whether something is due.
@@ -27,6 +27,8 @@ const SWEEP_EVERY_S: f64 = 6.0 * 3_600.0;
 const ORPHAN_AGE: Duration = Duration::from_secs(24 * 3_600);
 /// Objects that are listed or deleted at once.
 const BATCH: usize = 1_000;
+/// So many refusals at the start are those of a store that is away.
+const MOST_REFUSALS: usize = 10;
 
 /// Collects for ever, by turns with all other workers.
 pub async fn run(pool: &PgPool, store: &Store) {
@@ -46,7 +48,8 @@ async fn take_turns(pool: &PgPool, store: &Store) -> Result<()> {
         delete_queued(pool, store).await?;
     }
     if objects::take_turn(pool, CollectorPart::Sweep, SWEEP_EVERY_S).await? {
-        sweep(pool, store, Utc::now() - ORPHAN_AGE).await?;
+        let now = objects::now(pool).await.context("ask the database for the time")?;
+        sweep(pool, store, now - ORPHAN_AGE).await?;
         store.abort_stale_uploads(Store::STALE_UPLOAD).await.context("abort uploads that nobody ends")?;
     }
     Ok(())
@@ -56,9 +59,11 @@ async fn take_turns(pool: &PgPool, store: &Store) -> Result<()> {
 pub async fn apply_policies(pool: &PgPool) -> Result<usize> {
     let mut num_deleted = 0;
     for policy in retention::list_policies(pool).await.context("list the policies of jobs")? {
-        let deletion = retention::apply_policy(pool, &policy.job, &policy.policy).await;
-        let deletion = deletion.with_context(|| format!("apply the policy of {}", policy.job))?;
-        num_deleted += deletion.deleted.len();
+        match retention::apply_policy(pool, &policy.job, &policy.policy).await {
+            Ok(deletion) => num_deleted += deletion.deleted.len(),
+            // The next turn tries it again, and the other jobs need not wait for that.
+            Err(error) => tracing::warn!(%error, job.id = %policy.job, "could not apply a job's policy"),
+        }
     }
     Ok(num_deleted)
 }
@@ -71,16 +76,39 @@ pub async fn delete_queued(pool: &PgPool, store: &Store) -> Result<usize> {
         if keys.is_empty() {
             return Ok(num_deleted);
         }
-        delete(pool, store, &keys).await?;
-        num_deleted += keys.len();
+        let num_gone = delete(pool, store, &keys).await?;
+        num_deleted += num_gone;
+        if num_gone < keys.len() {
+            return Ok(num_deleted);
+        }
     }
 }
 
-/// Deletes objects, and takes them out of the queue once the store has confirmed it.
-pub async fn delete(pool: &PgPool, store: &Store, keys: &[String]) -> Result<()> {
+/// Deletes objects, and takes them out of the queue once the store has confirmed it. What the store keeps goes to the end
+/// of the queue, so that it holds up nothing else. Returns how many are gone.
+pub async fn delete(pool: &PgPool, store: &Store, keys: &[String]) -> Result<usize> {
     let objects: Vec<_> = keys.iter().cloned().map(Key::from).collect();
-    store.delete(&objects).await?;
-    objects::mark_gone(pool, keys).await.context("take deleted objects out of the queue")
+    if store.delete(&objects).await.is_ok() {
+        objects::mark_gone(pool, keys).await.context("take deleted objects out of the queue")?;
+        return Ok(keys.len());
+    }
+    let (mut gone, mut kept) = (Vec::new(), Vec::new());
+    for object in &objects {
+        match store.delete(std::slice::from_ref(object)).await {
+            Ok(()) => gone.push(object.to_string()),
+            Err(error) => {
+                kept.push(object.to_string());
+                let is_last = kept.len() == objects.len().min(MOST_REFUSALS);
+                if gone.is_empty() && is_last {
+                    return Err(error).context("delete objects: the store refuses every one");
+                }
+                tracing::warn!(%error, storage.key = %object, "could not delete an object");
+            }
+        }
+    }
+    objects::mark_gone(pool, &gone).await.context("take deleted objects out of the queue")?;
+    objects::put_last(pool, &kept).await.context("put objects at the end of the queue")?;
+    Ok(gone.len())
 }
 
 /// What a sweep came to.
@@ -128,15 +156,16 @@ async fn sweep_prefix(
         let page = store.list(prefix, after.as_ref(), BATCH).await?;
         let Some(last) = page.last() else { return Ok(()) };
         after = Some(last.key.clone());
-        let old: Vec<_> = page.into_iter().filter(|object| object.modified_at < written_before).collect();
-        let keys: Vec<_> = old.iter().map(|object| object.key.to_string()).collect();
+        let keys: Vec<_> = page.iter().map(|object| object.key.to_string()).collect();
         let orphans = objects::find_orphans(pool, &keys).await.context("look for objects that no row names")?;
         let (ours, foreign): (Vec<_>, Vec<_>) = orphans.into_iter().partition(|orphan| orphan.is_known);
         swept.foreign_key = swept.foreign_key.take().or_else(|| foreign.into_iter().next().map(|orphan| orphan.key));
 
-        let ours: Vec<_> = ours.into_iter().map(|orphan| Key::from(orphan.key)).collect();
-        store.delete(&ours).await?;
-        swept.num_objects += ours.len();
-        swept.bytes += old.iter().filter(|object| ours.contains(&object.key)).map(|object| object.bytes).sum::<u64>();
+        let ours: HashSet<_> = ours.into_iter().map(|orphan| Key::from(orphan.key)).collect();
+        let is_swept = |object: &&ListedObject| object.modified_at < written_before && ours.contains(&object.key);
+        let old: Vec<_> = page.iter().filter(is_swept).collect();
+        store.delete(&old.iter().map(|object| object.key.clone()).collect::<Vec<_>>()).await?;
+        swept.num_objects += old.len();
+        swept.bytes += old.iter().map(|object| object.bytes).sum::<u64>();
     }
 }

@@ -12,6 +12,7 @@ mod rebuild;
 mod reporter;
 mod retry;
 mod staging;
+mod supervise;
 pub mod tokenize;
 mod train;
 mod trainer;

@@ -19,7 +19,7 @@ use crate::{
         ids::NodeId,
         lineage::{self, FROZEN_FILE, NodeKind, START_FILE},
     },
-    storage::{Key, Store, Uploaded},
+    storage::{Key, StorageError, Store, Uploaded},
 };
 
 /// An attempt's folder, filled.
@@ -35,6 +35,11 @@ pub struct Staged {
     /// Files below `out` that lie in the store already, by their path there.
     pub stored: HashMap<String, StoredFile>,
 }
+
+/// The store does not have the state as it was committed, and will not.
+#[derive(Debug, thiserror::Error)]
+#[error("the state is gone or damaged")]
+pub struct UnusableState;
 
 /// Fills `folder` for an attempt. Every download is checked against the size and hash on record.
 pub async fn stage(pool: &PgPool, store: &Store, training: &Training, folder: &Path) -> Result<Staged> {
@@ -72,7 +77,10 @@ async fn stage_state(pool: &PgPool, store: &Store, resume: &ResumePoint, staged:
             START_FILE => lineage::frozen_path(0),
             name => format!("{state}/{name}"),
         };
-        download(store, &file, &staged.out.join(&path)).await?;
+        download(store, &file, &staged.out.join(&path)).await.map_err(|error| match error.downcast_ref() {
+            Some(StorageError::NotFound { .. } | StorageError::Damaged { .. }) => error.context(UnusableState),
+            _ => error,
+        })?;
         if lineage::is_frozen(&path) {
             staged.stored.insert(path, file);
         }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines},
     process::{Child, ChildStdin, ChildStdout},
@@ -135,6 +135,18 @@ impl Trainer {
             }
         }
     }
+}
+
+/// Returns when a trainer that was killed is gone, and with it what it held of a GPU's memory.
+pub async fn until_gone(pid: Option<&u32>) {
+    let Some(pid) = pid.and_then(|pid| Pid::from_raw(pid.cast_signed())) else { return };
+    for _ in 0..600 {
+        if test_kill_process(pid).is_err() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    tracing::warn!(trainer.pid = pid.as_raw_pid(), "a killed trainer is still there after a minute");
 }
 
 /// From the last event, or the end of its stdin, to the end of the process.

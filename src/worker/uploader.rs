@@ -18,7 +18,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::{
     collect,
     retry::{Backoff, until_written},
-    upload_queue::{Backlog, Next, UploadQueue, half_of_free_bytes},
+    upload_queue::{Backlog, Next, UploadQueue},
 };
 use crate::{
     db::{
@@ -65,8 +65,8 @@ pub struct Uploader {
     pub stored: HashMap<String, StoredFile>,
     /// A node that has waited for longer is told of in the job's log.
     pub lag_limit: Duration,
-    /// What may wait on the disk; by default half of what is free.
-    pub max_local_bytes: Option<u64>,
+    /// What may wait on the disk.
+    pub max_local_bytes: u64,
 }
 
 impl Uploader {
@@ -79,8 +79,7 @@ impl Uploader {
         nodes: mpsc::UnboundedReceiver<FinishedNode>,
         disk_full: watch::Sender<bool>,
     ) -> Result<()> {
-        let max_bytes = self.max_local_bytes.unwrap_or_else(|| half_of_free_bytes(&self.out));
-        let queue = UploadQueue::new(self.out.clone(), max_bytes, self.stored.keys().cloned(), disk_full);
+        let queue = UploadQueue::new(self.out.clone(), self.max_local_bytes, self.stored.keys().cloned(), disk_full);
         let lag =
             Lag { pool: self.pool.clone(), lease: self.lease.clone(), job: self.job.clone(), limit: self.lag_limit };
         let taking = async {

@@ -71,6 +71,12 @@ async fn a_failed_job_is_retried_with_fresh_budgets(pool: PgPool) {
             .unwrap();
     assert_eq!(budgets, (0, 0));
 
+    // Without tokens it would wait for ever.
+    app.set_job_state(&id, "failed").await;
+    sqlx::query("update tokenizations set state = 'failed'").execute(&app.pool).await.unwrap();
+    assert_eq!(give(&app, &id, "retry").await.problem(409).0, "tokens_failed");
+    sqlx::query("update tokenizations set state = 'ready'").execute(&app.pool).await.unwrap();
+
     // What it began with is gone, and nothing is stored that it could go on from.
     app.set_job_state(&id, "failed").await;
     sqlx::query(

@@ -65,7 +65,7 @@ impl Attempt {
             out: folder.path().to_owned(),
             stored: HashMap::new(),
             lag_limit: LAG_LIMIT,
-            max_local_bytes: Some(max_local_bytes),
+            max_local_bytes,
         };
         let (nodes, finished_nodes) = mpsc::unbounded_channel();
         let (full, disk_full) = watch::channel(false);
@@ -159,8 +159,10 @@ async fn a_store_that_is_away_delays_what_is_stored_and_skips_only_old_states(po
     let events = attempt.events().await;
     let of = |kind: &str, step| (kind.to_owned(), Some(step), None);
     let caught_up = ("checkpoint_lag".to_owned(), None, Some(false));
-    let expected = [of("base", 0), of("checkpoint", 3), of("state", 4), of("checkpoint", 5), caught_up];
-    assert_eq!(events[1..], expected);
+    // It has caught up when nothing waits for long any more, which may be before the last one is stored.
+    assert_eq!(events.iter().filter(|event| **event == caught_up).count(), 1, "{events:?}");
+    let stored: Vec<_> = events.into_iter().filter(|(kind, ..)| kind != "checkpoint_lag").collect();
+    assert_eq!(stored, [of("base", 0), of("checkpoint", 3), of("state", 4), of("checkpoint", 5)]);
     for gone in ["base/0/model.safetensors", "checkpoints/3/model.safetensors", "states/4/state"] {
         assert!(!attempt.path(gone).exists(), "{gone} is stored and frees the disk");
     }
@@ -191,7 +193,8 @@ async fn files_large_and_small_are_stored_and_shared_ones_once(pool: PgPool) {
     }
     // One file under two names, as in the first cycle of a job whose ranks are counted.
     let frozen = frozen_path(0);
-    attempt.finish(NodeKind::State, 1, &[("frozen.safetensors", &frozen, 50), ("start.safetensors", &frozen, 50)]);
+    let own = ("state", "states/1/state", 10);
+    attempt.finish(NodeKind::State, 1, &[own, ("frozen.safetensors", &frozen, 50), ("start.safetensors", &frozen, 50)]);
     attempt.finish_state(2);
     attempt.end().await;
 

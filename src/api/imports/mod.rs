@@ -6,7 +6,7 @@
 mod check;
 mod parts;
 
-use std::panic::AssertUnwindSafe;
+use std::{panic::AssertUnwindSafe, time::Duration};
 
 use axum::{
     Json,
@@ -96,6 +96,9 @@ fn boundary(headers: &HeaderMap) -> Option<String> {
     multer::parse_boundary(headers.get(header::CONTENT_TYPE)?.to_str().ok()?).ok()
 }
 
+/// Objects that nothing names are swept after a day: by then an import is entered or over.
+const MAX_IMPORT: Duration = Duration::from_secs(20 * 3_600);
+
 struct Import {
     id: NodeId,
     project: ProjectId,
@@ -109,8 +112,11 @@ async fn carry_out(state: AppState, import: Import, body: Body) -> ApiResult<()>
     let mut body = IncomingBody::new(&state, body);
     let mut received = Received::default();
     // Even a defect of ours must leave nothing in the store.
-    let outcome = AssertUnwindSafe(receive(&state, &import, &mut body, &mut received)).catch_unwind().await;
-    let outcome = outcome.unwrap_or_else(|_| Err(ApiError::Internal("the import panicked".into())));
+    let receiving = AssertUnwindSafe(receive(&state, &import, &mut body, &mut received)).catch_unwind();
+    let outcome = match tokio::time::timeout(MAX_IMPORT, receiving).await {
+        Ok(outcome) => outcome.unwrap_or_else(|_| Err(ApiError::Internal("the import panicked".into()))),
+        Err(_) => Err(ApiError::ImportTooSlow),
+    };
     let outcome = match outcome {
         Ok(new) => enter(&state, &import, &new).await,
         Err(error) => Err(error),
