@@ -35,7 +35,7 @@ class Fault:
 
 
 FAULTS = {
-    "kill9": Fault(kill9.run, 100, short_runs=len(kill9.PHASES), short={"min_states": 2}),
+    "kill9": Fault(kill9.run, 100, short_runs=len(kill9.PHASES), short={"min_states": 2, "slack_s": 1.0}),
     "sigstop": Fault(sigstop.run, 9),
     "postgres_restart": Fault(postgres.run_restart, 6),
     "postgres_down": Fault(postgres.run_down, 3, short={"num_jobs": 1, "num_steps": 480}),
