@@ -25,12 +25,15 @@ use crate::{
 #[serde(deny_unknown_fields)]
 pub struct DeleteCheckpointsRequest {
     /// Only these, 1000 at most. A checkpoint from outside is deleted only if it is named here.
+    #[schema(max_items = 1000)]
     ids: Option<Vec<NodeId>>,
     /// Only those of this job.
     job: Option<JobId>,
     /// Only those that are older.
+    #[schema(minimum = 0)]
     older_than_s: Option<i64>,
     /// All but the newest so many of the lineage of each job.
+    #[schema(minimum = 0)]
     keep_last: Option<i64>,
     /// Whether a later attempt went on from an earlier state; both by default.
     superseded: Option<bool>,

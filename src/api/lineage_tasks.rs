@@ -11,7 +11,7 @@ use super::{
     error::{ApiError, ApiResult},
     extract::{Path, Query},
     page::{Cursor, Limit},
-    responses::{CallerErrors, ConflictError, NotFoundError, QueryErrors},
+    responses::{CallerErrors, ConflictError, GoneError, NotFoundError, QueryErrors},
 };
 use crate::{
     db::lineage_tasks::{self, Creation, LineageTaskFilter, LineageTaskKind, LineageTaskRow, LineageTaskState},
@@ -71,7 +71,8 @@ pub struct ListLineageTasksQuery {
 /// A worker adds the deltas up to the restart to their base, and stores what that gives as a checkpoint. Where there is
 /// a checkpoint with these weights, or a task that makes it, that is the answer.
 #[utoipa::path(post, path = "/v1/restarts/{restart_id}/materialize", tag = "restarts", params(("restart_id" = String, Path)),
-    responses((status = 202, description = "The task", body = LineageTask), CallerErrors, NotFoundError, ConflictError))]
+    responses((status = 202, description = "The task", body = LineageTask),
+        CallerErrors, NotFoundError, ConflictError, GoneError))]
 pub async fn materialize_restart(
     caller: Caller,
     State(state): State<AppState>,
@@ -85,7 +86,8 @@ pub async fn materialize_restart(
 /// A worker reads every file of the lineage up to the restart again, adds the deltas to their base, and compares the
 /// weights with the checkpoint at the restart's step if there is one.
 #[utoipa::path(post, path = "/v1/restarts/{restart_id}/verify", tag = "restarts", params(("restart_id" = String, Path)),
-    responses((status = 202, description = "The task", body = LineageTask), CallerErrors, NotFoundError, ConflictError))]
+    responses((status = 202, description = "The task", body = LineageTask),
+        CallerErrors, NotFoundError, ConflictError, GoneError))]
 pub async fn verify_restart(
     caller: Caller,
     State(state): State<AppState>,
@@ -103,6 +105,7 @@ async fn create(
     let id = match lineage_tasks::create(&state.pool, &caller.project, restart, kind).await? {
         Creation::Done(id) => id,
         Creation::NoSuchRestart => return Err(ApiError::NotFound("restart")),
+        Creation::Deleted => return Err(ApiError::Deleted("restart")),
         Creation::Superseded => return Err(ApiError::Superseded),
     };
     tracing::info!(task.id = %id, restart.id = %restart, ?kind, "lineage task asked for");

@@ -61,6 +61,8 @@ pub struct LineageTaskFilter {
 pub enum Creation {
     Done(LineageTaskId),
     NoSuchRestart,
+    /// Its files are gone.
+    Deleted,
     /// A later attempt went on from before the restart.
     Superseded,
 }
@@ -75,11 +77,11 @@ pub async fn create(
 ) -> sqlx::Result<Creation> {
     let mut tx = pool.begin().await?;
     // One at a time for each restart, beside whoever commits nodes after it.
-    let superseded = sqlx::query_scalar!(
+    let found = sqlx::query!(
         r#"
         -- db::lineage_tasks::create: restart
-        select superseded from nodes
-        where project_id = $1 and id = $2 and kind = 'restart' and deleted_at is null
+        select superseded, deleted_at is not null as "is_deleted!" from nodes
+        where project_id = $1 and id = $2 and kind = 'restart'
         for no key update
         "#,
         project.as_str(),
@@ -87,10 +89,11 @@ pub async fn create(
     )
     .fetch_optional(&mut *tx)
     .await?;
-    match superseded {
+    match found {
         None => return Ok(Creation::NoSuchRestart),
-        Some(true) => return Ok(Creation::Superseded),
-        Some(false) => {}
+        Some(restart) if restart.is_deleted => return Ok(Creation::Deleted),
+        Some(restart) if restart.superseded => return Ok(Creation::Superseded),
+        Some(_) => {}
     }
     if let Some(open) = find_open(&mut tx, restart, kind).await? {
         return Ok(Creation::Done(open));

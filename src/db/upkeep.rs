@@ -43,9 +43,8 @@ pub struct ChainNode {
     pub has_files: bool,
 }
 
-/// Begins an attempt on the task of a claimed item. None if the task was deleted, with its restart: then the item is
-/// done.
-pub async fn begin_attempt(connection: &mut PgConnection, lease: &Lease) -> Result<Option<Task>, WriteError> {
+/// Begins an attempt on the task of a claimed item. Until the task is done its restart and the chain are not deleted.
+pub async fn begin_attempt(connection: &mut PgConnection, lease: &Lease) -> Result<Task, WriteError> {
     leases::fence(connection, lease).await?;
     let task = sqlx::query!(
         r#"
@@ -59,13 +58,9 @@ pub async fn begin_attempt(connection: &mut PgConnection, lease: &Lease) -> Resu
         "#,
         lease.work_item.as_str(),
     )
-    .fetch_optional(&mut *connection)
+    .fetch_one(&mut *connection)
     .await?;
-    let Some(task) = task else {
-        leases::end_attempt(connection, lease, Outcome::Cancelled, Next::Done).await?;
-        return Ok(None);
-    };
-    Ok(Some(Task {
+    Ok(Task {
         chain: find_chain(connection, &task.restart).await?,
         // What was rebuilt from the same deltas proves nothing of them.
         checkpoint: lineage_tasks::find_checkpoint(connection, &task.restart, false).await?,
@@ -76,7 +71,7 @@ pub async fn begin_attempt(connection: &mut PgConnection, lease: &Lease) -> Resu
         restart: task.restart,
         step: task.step,
         number: task.number,
-    }))
+    })
 }
 
 async fn find_chain(connection: &mut PgConnection, restart: &NodeId) -> sqlx::Result<Vec<ChainNode>> {
@@ -126,30 +121,25 @@ pub async fn complete_verify(
     Ok(())
 }
 
-/// Ends an attempt with the weights stored: makes the checkpoint visible. It is superseded if its restart is by now,
-/// and nothing at all if the restart is gone: returns whether there is a checkpoint.
+/// Ends an attempt with the weights stored: makes the checkpoint visible. It is superseded if its restart is by now.
 pub async fn complete_materialize(
     pool: &PgPool,
     lease: &Lease,
     task: &Task,
     files: &[StoredFile],
-) -> Result<bool, WriteError> {
+) -> Result<(), WriteError> {
     let mut tx = pool.begin().await?;
     leases::end_attempt(&mut tx, lease, Outcome::Succeeded, Next::Done).await?;
     let checkpoint = NodeId::new();
-    let parent = sqlx::query_scalar!(
+    let superseded = sqlx::query_scalar!(
         r#"
         -- db::upkeep::complete_materialize: restart
         select superseded from nodes where id = $1 for share
         "#,
         task.restart.as_str(),
     )
-    .fetch_optional(&mut *tx)
+    .fetch_one(&mut *tx)
     .await?;
-    let Some(superseded) = parent else {
-        tx.commit().await?;
-        return Ok(false);
-    };
     sqlx::query!(
         r#"
         -- db::upkeep::complete_materialize: checkpoint
@@ -178,7 +168,7 @@ pub async fn complete_materialize(
     .execute(&mut *tx)
     .await?;
     tx.commit().await?;
-    Ok(true)
+    Ok(())
 }
 
 /// Ends an attempt that failed: for another try if that can help, else for good.

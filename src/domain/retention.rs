@@ -32,15 +32,16 @@ pub enum Reason {
 }
 
 /// The checkpoints of a job that its policy lets go. Never those that are pinned, and never the newest of the lineage,
-/// which is the last one of a job that is finished.
+/// which is the last one of a job that is finished. While a run that began again has none, the newest of all stays.
 pub fn expendable(policy: &CheckpointsSpec, checkpoints: &[StoredCheckpoint]) -> Vec<(NodeId, Reason)> {
     let mut lineage: Vec<_> = checkpoints.iter().filter(|checkpoint| !checkpoint.superseded).collect();
     lineage.sort_by(|a, b| (b.step, &b.id).cmp(&(a.step, &a.id)));
     let reached = lineage.first().map(|newest| newest.step);
+    let newest = lineage.first().copied().or_else(|| checkpoints.iter().max_by_key(|checkpoint| checkpoint.step));
     let kept = kept(policy, &lineage);
 
     let reason = |checkpoint: &StoredCheckpoint| {
-        let is_newest = lineage.first().is_some_and(|newest| newest.id == checkpoint.id);
+        let is_newest = newest.is_some_and(|newest| newest.id == checkpoint.id);
         if checkpoint.pinned || is_newest {
             None
         } else if policy.ttl_s.is_some_and(|ttl_s| checkpoint.age_s > ttl_s as f64) {
@@ -172,6 +173,16 @@ mod tests {
     }
 
     #[test]
+    fn of_a_run_that_began_again_the_newest_stays_until_there_is_another() {
+        let policy = CheckpointsSpec { ttl_s: Some(10), ..KEEP_ALL };
+        let mut all = checkpoints(&[None; 3]);
+        all.iter_mut().for_each(|checkpoint| checkpoint.superseded = true);
+        assert_eq!(left_steps(&policy, &all), [30]);
+        all.push(StoredCheckpoint { id: NodeId::from("n9".to_owned()), superseded: false, ..all[0].clone() });
+        assert_eq!(left_steps(&policy, &all), [10]);
+    }
+
+    #[test]
     fn a_superseded_one_stays_until_the_later_attempt_has_got_as_far() {
         let policy = CheckpointsSpec { keep_last: Some(9), ..KEEP_ALL };
         let mut all = checkpoints(&[None; 4]);
@@ -215,7 +226,7 @@ mod tests {
                 ttl_s: draws.perhaps(900),
             };
             let gone = expendable(&policy, &all);
-            let newest = all.iter().rev().find(|checkpoint| !checkpoint.superseded);
+            let newest = all.iter().rev().find(|checkpoint| !checkpoint.superseded).or(all.last());
             let is_gone = |checkpoint: &StoredCheckpoint| gone.iter().any(|(id, _)| *id == checkpoint.id);
             assert!(newest.is_none_or(|newest| !is_gone(newest)), "{policy:?} {all:?}");
             assert!(!all.iter().any(|checkpoint| checkpoint.pinned && is_gone(checkpoint)), "{policy:?} {all:?}");

@@ -180,9 +180,7 @@ async fn upkeep_next(agent: &Agent, kind: WorkKind, shutdown: &Shutdown) -> Resu
     let Some(lease) = agent.claim(&mut tx, kind).await? else { return Ok(false) };
     let task = db::upkeep::begin_attempt(&mut tx, &lease).await.context("begin the attempt")?;
     tx.commit().await?;
-    if let Some(task) = task {
-        upkeep::run(agent, &lease, task, shutdown).await;
-    }
+    upkeep::run(agent, &lease, task, shutdown).await;
     Ok(true)
 }
 

@@ -72,13 +72,7 @@ async fn complete(agent: &Agent, lease: &Lease, task: &Task, result: Done) -> Re
             until_written("complete", || upkeep::complete_verify(&agent.pool, lease, task, &verification)).await
         }
         Done::Materialized(files) => {
-            let is_kept =
-                until_written("complete", || upkeep::complete_materialize(&agent.pool, lease, task, &files)).await?;
-            if !is_kept {
-                tracing::info!("the restart was deleted meanwhile; what was made of it goes too");
-                delete(agent, &files).await;
-            }
-            Ok(())
+            until_written("complete", || upkeep::complete_materialize(&agent.pool, lease, task, &files)).await
         }
     }
 }

@@ -180,6 +180,32 @@ async fn a_restart_that_is_not_there_or_is_superseded_has_no_tasks(pool: PgPool)
     for verb in ["materialize", "verify"] {
         assert_eq!(ask(&app, &chain.second, verb).await.problem(409).0, "superseded");
     }
+    sqlx::query("update nodes set deleted_at = now() where id = $1")
+        .bind(&chain.second)
+        .execute(&app.pool)
+        .await
+        .unwrap();
+    for verb in ["materialize", "verify"] {
+        assert_eq!(ask(&app, &chain.second, verb).await.problem(410).0, "deleted");
+    }
+}
+
+#[sqlx::test]
+async fn a_lineage_stays_while_a_task_works_on_it(pool: PgPool) {
+    let app = TestApp::start(pool).await;
+    let chain = given_chain(&app).await;
+    let task = given_task(&app, &chain.first, "verify").await;
+    let path = format!("/v1/jobs/{}/lineage", chain.job);
+
+    let (code, detail) = send(app.request(Method::DELETE, &path)).await.problem(409);
+
+    assert_eq!(code, "in_use", "{detail}");
+    assert!(detail.contains(&format!("{task} works on {}", chain.first)), "{detail}");
+    let lease = claim(&app, WorkKind::Verify).await;
+    begin(&app, &lease).await;
+    upkeep::fail(&app.pool, &lease, &Failure::new(FailureKind::Data, "m")).await.unwrap();
+    let deleted = send(app.request(Method::DELETE, &path)).await;
+    assert_eq!((deleted.status.as_u16(), &deleted.json()["num_deleted"]), (200, &json!(3)));
 }
 
 #[sqlx::test]
@@ -219,7 +245,7 @@ async fn claim(app: &TestApp, kind: WorkKind) -> Lease {
     leases::claim(&mut connection, &id, kind, Device::Cpu, 0, 30.0).await.unwrap().expect("something is queued")
 }
 
-async fn begin(app: &TestApp, lease: &Lease) -> Option<Task> {
+async fn begin(app: &TestApp, lease: &Lease) -> Task {
     let mut connection = app.pool.acquire().await.unwrap();
     upkeep::begin_attempt(&mut connection, lease).await.unwrap()
 }
@@ -230,7 +256,7 @@ async fn a_worker_that_lost_its_lease_makes_no_checkpoint(pool: PgPool) {
     let chain = given_chain(&app).await;
     let id = given_task(&app, &chain.second, "materialize").await;
     let zombie = claim(&app, WorkKind::Materialize).await;
-    let task = begin(&app, &zombie).await.unwrap();
+    let task = begin(&app, &zombie).await;
     assert_eq!(find(&app, &id).await["state"], "running");
     assert_eq!(
         task.chain.iter().map(|node| node.id.as_str()).collect::<Vec<_>>(),
@@ -260,35 +286,13 @@ async fn a_task_is_tried_again_until_the_budget_is_spent(pool: PgPool) {
         assert_eq!(find(&app, &id).await["state"], "queued", "before attempt {attempt}");
         sqlx::query("update work_items set eligible_at = now()").execute(&app.pool).await.unwrap();
         let lease = claim(&app, WorkKind::Verify).await;
-        begin(&app, &lease).await.unwrap();
+        begin(&app, &lease).await;
         upkeep::fail(&app.pool, &lease, &Failure::new(FailureKind::Infrastructure, "killed")).await.unwrap();
     }
     let task = find(&app, &id).await;
     assert_eq!((&task["state"], &task["failure"]["kind"]), (&json!("failed"), &json!("infrastructure")));
     assert!(task["finished_at"].is_string());
     assert_ne!(given_task(&app, &chain.first, "verify").await, id, "whoever asks again gets another try");
-}
-
-#[sqlx::test]
-async fn a_task_goes_with_its_restart(pool: PgPool) {
-    let app = TestApp::start(pool).await;
-    let chain = given_chain(&app).await;
-    let queued = given_task(&app, &chain.second, "verify").await;
-    given_task(&app, &chain.second, "materialize").await;
-    let running = claim(&app, WorkKind::Materialize).await;
-    let task = begin(&app, &running).await.unwrap();
-
-    sqlx::query("delete from nodes where id = $1").bind(&chain.second).execute(&app.pool).await.unwrap();
-
-    app.get(&format!("/v1/lineage-tasks/{queued}")).await.problem(404);
-    let lease = claim(&app, WorkKind::Verify).await;
-    assert!(begin(&app, &lease).await.is_none());
-    assert!(!upkeep::complete_materialize(&app.pool, &running, &task, &[]).await.unwrap());
-    let left: i64 = sqlx::query_scalar("select count(*) from work_items where kind <> 'train' and state <> 'done'")
-        .fetch_one(&app.pool)
-        .await
-        .unwrap();
-    assert_eq!(left, 0);
 }
 
 /// A worker whose trainer joins files in the place of adding tensors. It ends with the value.
