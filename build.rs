@@ -20,13 +20,14 @@ mod trainer {
             return;
         };
         compile_kernels();
+        compile_emulated_gpu();
         compile_context(&libtorch);
         link_libtorch(&libtorch);
     }
 
     /// Once per instruction set: the trainer chooses when it starts. Only the trainer is linked with them.
     fn compile_kernels() {
-        for file in ["kernels.cpp", "kernels.h", "context.cpp"] {
+        for file in ["kernels.cpp", "kernels.h", "kernels.cu", "emulated_gpu.cpp", "context.cpp"] {
             println!("cargo::rerun-if-changed={NATIVE}/{file}");
         }
         // A product and a sum may be one operation; nothing else is allowed to change what is computed.
@@ -44,6 +45,13 @@ mod trainer {
         build.flags(["-fopenmp", "-fno-math-errno", "-fno-trapping-math"]).flags(flags);
         build.define("RELORA_TABLE", name.as_str()).file(format!("{NATIVE}/kernels.cpp"));
         link_static(&mut build, &name);
+    }
+
+    /// A GPU's kernels on the CPU. Only tests call them, so the trainer is linked without.
+    fn compile_emulated_gpu() {
+        let mut build = compiler();
+        build.opt_level(2).warnings(true).extra_warnings(true).file(format!("{NATIVE}/emulated_gpu.cpp"));
+        link_static(&mut build, "relora_emulated_gpu");
     }
 
     /// What reaches libtorch where tch does not.

@@ -14,7 +14,7 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).log_internal_errors(false).init();
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     match &arguments[..] {
-        [flag] if flag == "--probe" => train::probe(),
+        [flag, ..] if flag == "--probe" => train::ProbeArgs::parse_from(&arguments).run(),
         [flag, checkpoint, out] if flag == "--logits" => train::write_logits(checkpoint.as_ref(), out.as_ref()),
         [flag, ..] if flag == "--rebuild" => train::RebuildArgs::parse_from(&arguments).run(),
         _ => train::run(&train::Args::parse()),

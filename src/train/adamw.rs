@@ -30,7 +30,7 @@ mod tests {
     use tch::{Device, Kind, Tensor};
 
     use super::*;
-    use crate::train::weights::Parameter;
+    use crate::train::{ops::OpsChoice, weights::Parameter};
 
     fn group() -> Group {
         let parameter = |name: &str, decays| Parameter { name: name.into(), shape: vec![3], decays };
@@ -56,7 +56,8 @@ mod tests {
             weight_decay: 0.1,
             clip_norm: 0.0,
         };
-        for ops in [Ops::new(Kind::Float, Device::Cpu), Ops::libtorch(Kind::Float)] {
+        for choice in [OpsChoice::Proven, OpsChoice::GpuKernels, OpsChoice::Libtorch] {
+            let ops = Ops::new(choice, Kind::Float, Device::Cpu);
             let mut group = group();
             assert_eq!(group.names().collect::<Vec<_>>(), ["matrix", "norm"]);
             group.place("matrix").unwrap().gradient.copy_(&Tensor::from_slice(&[0.1f32, -0.2, 0.3]));

@@ -11,6 +11,7 @@ use super::{
     error::TrainError,
     host_memory,
     native::{self, Driver, NoCuda},
+    ops::OpsChoice,
 };
 use crate::domain::{
     contract::{Fingerprint, Numerics, Probe},
@@ -43,7 +44,7 @@ pub fn set_up(wanted: spec::Device, num_threads: Option<i32>) -> Result<Device, 
 }
 
 /// What a job finds here: the best device that libtorch can use, and how it does.
-pub fn probe() -> Probe {
+pub fn probe(ops: OpsChoice) -> Probe {
     let (device, num_gpus, gpu_problem) = match open_cuda() {
         Ok(()) => (Device::Cuda(0), Cuda::device_count(), None),
         Err(NoCuda::NoDriver) => (Device::Cpu, 0, None),
@@ -53,7 +54,7 @@ pub fn probe() -> Probe {
     tch::set_num_threads(1);
     let offer =
         Offer { device: kind(device), num_gpus, memory_bytes: total_bytes(device), bf16_speedup: bf16_speedup(device) };
-    Probe { offer, numerics: numerics(device), gpu_problem }
+    Probe { offer, numerics: numerics(device, ops), gpu_problem }
 }
 
 /// Makes libtorch see the GPUs, or says why it does not.
@@ -122,12 +123,12 @@ fn num_cores() -> i32 {
 /// What must be equal for two runs to give the same bits.
 ///
 /// On the CPU this is tested; on CUDA nothing has been.
-pub fn fingerprint(device: Device, choices: &Choices) -> Fingerprint {
-    Fingerprint { numerics: numerics(device), micro_batch_seqs: choices.micro_batch_seqs }
+pub fn fingerprint(device: Device, choices: &Choices, ops: OpsChoice) -> Fingerprint {
+    Fingerprint { numerics: numerics(device, ops), micro_batch_seqs: choices.micro_batch_seqs }
 }
 
 /// What of that does not depend on the job.
-fn numerics(device: Device) -> Numerics {
+fn numerics(device: Device, ops: OpsChoice) -> Numerics {
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let field = |name: &str| {
         let line = cpuinfo.lines().find(|line| line.starts_with(name))?;
@@ -141,7 +142,8 @@ fn numerics(device: Device) -> Numerics {
         device: match device {
             Device::Cuda(index) => {
                 let name = Driver::open().and_then(|driver| driver.gpu_name(index as i32));
-                format!("cuda ({})", name.unwrap_or_else(|_| "unnamed".into()))
+                let with = if ops == OpsChoice::GpuKernels { ", fused kernels" } else { "" };
+                format!("cuda ({}{with})", name.unwrap_or_else(|_| "unnamed".into()))
             }
             _ => format!("cpu ({})", field("model name").unwrap_or_else(|| "unnamed".into())),
         },

@@ -39,5 +39,5 @@ mod oracle;
 #[cfg(test)]
 mod test_support;
 
-pub use process::{Args, probe, run, write_logits};
+pub use process::{Args, ProbeArgs, run, write_logits};
 pub use rebuild::RebuildArgs;

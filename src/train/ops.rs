@@ -1,7 +1,8 @@
 //! The operations of a training step that no matrix product does, each over buffers that are there already.
 //!
-//! On the CPU they are the fused kernels of `native`; elsewhere the same is said in operations of libtorch, which the
-//! tests run beside the kernels. Shapes and kinds are those that `native::kernels` documents.
+//! On the CPU they are the fused kernels of `native`, and on a GPU if that is asked for; else the same is said in
+//! operations of libtorch, which the tests run beside the kernels. Shapes and kinds are those that `native::kernels`
+//! documents.
 
 use tch::{Device, Kind, Tensor};
 
@@ -15,6 +16,18 @@ pub enum Ops {
     Libtorch { sum_kind: Kind },
 }
 
+/// Which operations to compute with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OpsChoice {
+    /// Kernels on the CPU, libtorch's on a GPU.
+    Proven,
+    /// Kernels on a GPU too. Ours have run in an emulation alone, so they have to be asked for.
+    GpuKernels,
+    /// libtorch's everywhere, beside which the tests run the others.
+    #[cfg(test)]
+    Libtorch,
+}
+
 /// The kind in which sums are held for products of this kind.
 pub fn sum_kind(product_kind: Kind) -> Kind {
     if product_kind == Kind::Double { Kind::Double } else { Kind::Float }
@@ -22,16 +35,22 @@ pub fn sum_kind(product_kind: Kind) -> Kind {
 
 impl Ops {
     /// Those of the device, for products of this kind.
-    pub fn new(product_kind: Kind, device: Device) -> Self {
-        match device {
-            Device::Cpu => Self::Kernels(Kernels::new(product_kind, tch::get_num_threads())),
-            _ => Self::libtorch(product_kind),
+    ///
+    /// # Panics
+    /// If kernels were asked for that the GPU cannot run.
+    pub fn new(choice: OpsChoice, product_kind: Kind, device: Device) -> Self {
+        match (choice, device) {
+            // The tests have no GPU, and emulate its kernels.
+            (OpsChoice::GpuKernels, _) if device.is_cuda() || cfg!(test) => {
+                let kernels = Kernels::on_gpu(product_kind, device)
+                    .unwrap_or_else(|error| panic!("CUDA error: the kernels of --gpu-kernels cannot be used: {error}"));
+                Self::Kernels(kernels)
+            }
+            (OpsChoice::Proven | OpsChoice::GpuKernels, Device::Cpu) => {
+                Self::Kernels(Kernels::new(product_kind, tch::get_num_threads()))
+            }
+            _ => Self::Libtorch { sum_kind: sum_kind(product_kind) },
         }
-    }
-
-    /// Those of libtorch, which work on any device.
-    pub fn libtorch(product_kind: Kind) -> Self {
-        Self::Libtorch { sum_kind: sum_kind(product_kind) }
     }
 
     pub fn rms_norm(
@@ -228,8 +247,8 @@ impl Ops {
         }
     }
 
-    /// The two kinds of operations draw different masks: every one of libtorch's comes from its own generator, under a
-    /// seed of the sequence and the matrix, so that micro-batches do not matter.
+    /// Kernels and libtorch draw different masks: every one of libtorch's comes from its own generator, under a seed of the
+    /// sequence and the matrix, so that micro-batches do not matter.
     pub fn dropout(&self, (x, width): (&Tensor, i64), keep: f64, place: MaskPlace, adds: bool, to: &Tensor) {
         match self {
             Self::Kernels(kernels) => kernels.dropout((x, width), keep, place, adds, to),

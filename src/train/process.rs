@@ -8,6 +8,7 @@ use std::{
     sync::mpsc::Receiver,
 };
 
+use clap::builder::FalseyValueParser;
 use rustix::process::{Signal, set_parent_process_death_signal};
 use tch::Tensor;
 
@@ -20,6 +21,7 @@ use super::{
     events::{self, Events},
     logits, native,
     nodes::Nodes,
+    ops::OpsChoice,
     profile::Profile,
     relora::Wrapping,
     run::{Ending, Inbox, Run},
@@ -64,12 +66,37 @@ pub struct Args {
     /// File for a profile of some updates after the first ones, as a trace that Perfetto opens.
     #[arg(long)]
     pub profile: Option<PathBuf>,
+    #[command(flatten)]
+    pub ops: OpsArgs,
+}
+
+/// What to compute with.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct OpsArgs {
+    /// On a GPU, fused kernels of the trainer's own in the place of libtorch's operations.
+    #[arg(long, env = "RELORA_CUDA_KERNELS", value_parser = FalseyValueParser::new())]
+    gpu_kernels: bool,
+}
+
+impl OpsArgs {
+    fn choice(&self) -> OpsChoice {
+        if self.gpu_kernels { OpsChoice::GpuKernels } else { OpsChoice::Proven }
+    }
 }
 
 /// Says on stdout what a trainer can use here, as one JSON object.
-pub fn probe() -> ExitCode {
-    println!("{}", serde_json::json!(device::probe()));
-    ExitCode::SUCCESS
+#[derive(Debug, Clone, clap::Parser)]
+#[command(name = "relora-trainer --probe", version)]
+pub struct ProbeArgs {
+    #[command(flatten)]
+    ops: OpsArgs,
+}
+
+impl ProbeArgs {
+    pub fn run(&self) -> ExitCode {
+        println!("{}", serde_json::json!(device::probe(self.ops.choice())));
+        ExitCode::SUCCESS
+    }
 }
 
 /// Writes the logits of a checkpoint, for tests.
@@ -147,7 +174,8 @@ pub fn settle(args: &Args, spec: &TrainSpec, device: tch::Device) -> Result<Job,
 pub fn train(args: &Args, job: Job, events: &Events, commands: Receiver<Command>) -> Result<Ending, TrainError> {
     let Job { spec, choices, device } = job;
     let dataset = Dataset::open(&args.data, &spec)?;
-    let fingerprint = device::fingerprint(device, &choices);
+    let ops = args.ops.choice();
+    let fingerprint = device::fingerprint(device, &choices, ops);
     let (out_dir, eos_token_id) = (args.out.clone(), dataset.tokenization.eos_token_id);
     let mut nodes = Nodes::new(out_dir, events.clone(), args.data.clone(), eos_token_id, fingerprint.clone());
     let Start { weights, state, written_by, start_matrices } = match &args.resume {
@@ -160,7 +188,8 @@ pub fn train(args: &Args, job: Job, events: &Events, commands: Receiver<Command>
     }
     let mut run = Run {
         schedule: Schedule::new(&spec),
-        engine: Engine::of(&spec, &weights),
+        engine: Engine::of(&spec, &weights, ops),
+        ops,
         is_settled: args.resume.is_some(),
         events: events.clone(),
         spec,

@@ -336,13 +336,14 @@ mod tests {
     use super::*;
     use crate::train::{
         engine::{DropoutPlace, Engine},
+        ops::OpsChoice,
         test_support::{self, method},
     };
 
     const PLACE: DropoutPlace = DropoutPlace { seed: 0, first_seq: 0 };
 
     fn logits(spec: &TrainSpec, weights: &Weights, rows: &Tensor) -> Tensor {
-        Engine::of(spec, weights).logits(rows)
+        Engine::of(spec, weights, OpsChoice::Proven).logits(rows)
     }
 
     /// A wrapped model, its weights, rows to look at it with, and its logits before it was wrapped.
@@ -376,7 +377,7 @@ mod tests {
             json!({"method": method(json!({"train_head": false, "train_embeddings": false})), "precision": "bf16"}),
         ] {
             let (spec, weights, rows, before) = wrapped(patch);
-            let mut engine = Engine::of(&spec, &weights);
+            let mut engine = Engine::of(&spec, &weights, OpsChoice::Proven);
             assert!(engine.logits(&rows).equal(&before));
 
             let _ = engine.forward_backward(&rows, 1.0, PLACE);
@@ -418,7 +419,7 @@ mod tests {
             let change = json!({"rank": rank % 5 + 1, "scale": 1.0 + (rank % 7) as f64 / 4.0});
             let (spec, mut weights, rows, _) = wrapped(json!({"model": model, "method": method(change)}));
             draw_every_b(&weights);
-            let mut engine = Engine::of(&spec, &weights);
+            let mut engine = Engine::of(&spec, &weights, OpsChoice::Proven);
             let before = engine.logits(&rows);
             let old_a = factors(&weights)[0].copy();
             let exported = weights.merged();

@@ -15,6 +15,7 @@ use super::{
     eval,
     events::Events,
     nodes::Nodes,
+    ops::OpsChoice,
     profile::Profile,
     ranks::{RankReporter, wrapped_matrices},
     relora::Wrapping,
@@ -41,6 +42,7 @@ pub struct Run {
     pub dataset: Dataset,
     pub weights: Weights,
     pub engine: Engine,
+    pub ops: OpsChoice,
     pub profile: Profile,
     pub state: LoopState,
     /// Whether everything that falls between the last update and the next one is behind it, as in every state.
@@ -201,7 +203,7 @@ impl Run {
         if self.weights.low_rank.is_none() {
             wrapping.wrap(&mut self.weights);
         }
-        self.engine = Engine::of(&self.spec, &self.weights);
+        self.engine = Engine::of(&self.spec, &self.weights, self.ops);
         self.engine.profile(self.profile.clone());
         self.state.phase = Phase::LowRank;
         let start = self.weights.low_rank.as_ref().map(wrapped_matrices);

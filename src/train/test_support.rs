@@ -18,7 +18,7 @@ use tempfile::TempDir;
 use super::{
     error::TrainError,
     events::Events,
-    process::{self, Args},
+    process::{self, Args, OpsArgs},
     random::{Draws, Purpose},
 };
 use crate::domain::{
@@ -156,6 +156,7 @@ pub fn try_train(
         world_size: 1,
         threads: None,
         profile: None,
+        ops: OpsArgs::default(),
     };
     let (commands, receiver) = mpsc::channel();
     let events = Arc::new(Mutex::new(Vec::new()));

@@ -23,7 +23,7 @@ use shared::Shared;
 use super::{
     model::{EMBEDDING, HEAD, linear_path},
     native::kernels::MaskPlace,
-    ops::{Ops, sum_kind},
+    ops::{Ops, OpsChoice, sum_kind},
     profile::Profile,
     weights::{Place, Weights},
 };
@@ -52,8 +52,7 @@ pub struct Settings {
     pub padding: i64,
     /// Sequences longer than this go through libtorch's flash attention, where there is one.
     pub max_products_length: i64,
-    /// Whether fused kernels are left aside where there are some.
-    pub libtorch_alone: bool,
+    pub ops: OpsChoice,
 }
 
 impl Settings {
@@ -69,7 +68,7 @@ impl Settings {
             dropout: 0.0,
             padding: PADDING,
             max_products_length: MAX_PRODUCTS_LENGTH,
-            libtorch_alone: false,
+            ops: OpsChoice::Proven,
         }
     }
 
@@ -140,8 +139,8 @@ struct Batch {
 
 impl Engine {
     /// The model of a run.
-    pub fn of(spec: &TrainSpec, weights: &Weights) -> Self {
-        Self::new(&spec.model, weights, Settings::of(spec))
+    pub fn of(spec: &TrainSpec, weights: &Weights, ops: OpsChoice) -> Self {
+        Self::new(&spec.model, weights, Settings { ops, ..Settings::of(spec) })
     }
 
     /// # Panics

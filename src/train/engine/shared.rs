@@ -30,10 +30,7 @@ impl Shared {
     pub fn new(settings: Settings, device: Device) -> Self {
         let scratch = || Scratch::new((settings.product_kind, device));
         Self {
-            ops: match settings.libtorch_alone {
-                true => Ops::libtorch(settings.product_kind),
-                false => Ops::new(settings.product_kind, device),
-            },
+            ops: Ops::new(settings.ops, settings.product_kind, device),
             product_kind: settings.product_kind,
             dropout: settings.dropout,
             profile: Profile::default(),

@@ -3,10 +3,11 @@
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::{DropoutPlace, Engine, Settings};
+use super::{DropoutPlace, Engine, OpsChoice, Settings};
 use crate::{
     domain::spec::{FrozenWeights, MergedPlan, Recompute, TrainSpec},
     train::{
+        native::kernels::Kernels,
         oracle::Oracle,
         random::{Draws, Purpose},
         relora::Wrapping,
@@ -59,6 +60,13 @@ fn every_setting(base: Settings) -> Vec<Settings> {
     }
     all.push(Settings { padding: 1, plan: MergedPlan::Scratch, ..base });
     all.push(Settings { max_products_length: 0, ..base });
+    all
+}
+
+/// Operations that must give the same. libtorch draws masks of its own.
+fn comparable_ops(dropout: f64) -> Vec<OpsChoice> {
+    let mut all = vec![OpsChoice::Proven, OpsChoice::GpuKernels];
+    all.extend((dropout == 0.0).then_some(OpsChoice::Libtorch));
     all
 }
 
@@ -119,9 +127,8 @@ fn every_gradient_equals_that_of_autograd_in_fp64() {
         let spec = spec(patch);
         let weights = weights(&spec).in_double();
         for settings in every_setting(settings(&spec, Kind::Double)) {
-            assert_equals_oracle(&spec, &weights, settings, 1e-8);
-            if settings.dropout == 0.0 {
-                assert_equals_oracle(&spec, &weights, Settings { libtorch_alone: true, ..settings }, 1e-8);
+            for ops in comparable_ops(settings.dropout) {
+                assert_equals_oracle(&spec, &weights, Settings { ops, ..settings }, 1e-8);
             }
         }
     }
@@ -133,7 +140,9 @@ fn every_gradient_equals_that_of_autograd_in_fp32() {
         let spec = spec(patch);
         let weights = weights(&spec);
         for settings in every_setting(settings(&spec, Kind::Float)) {
-            assert_equals_oracle(&spec, &weights, settings, 1e-5);
+            for ops in [OpsChoice::Proven, OpsChoice::GpuKernels] {
+                assert_equals_oracle(&spec, &weights, Settings { ops, ..settings }, 2e-5);
+            }
         }
     }
 }
@@ -148,8 +157,8 @@ fn in_bf16_every_gradient_is_as_near_to_that_of_fp32_as_with_autograd() {
         let ((want_loss, want), (_, rounded)) = (oracle(Kind::Float), oracle(Kind::BFloat16));
         let (of_autograd, _) = largest_error(&rounded.into_iter().collect::<Vec<_>>(), &want);
         for settings in every_setting(settings(&spec, Kind::BFloat16)) {
-            for libtorch_alone in [false, dropout == 0.0] {
-                let (loss, got) = gradients(&spec, &weights, Settings { libtorch_alone, ..settings });
+            for ops in comparable_ops(dropout) {
+                let (loss, got) = gradients(&spec, &weights, Settings { ops, ..settings });
                 let (error, name) = largest_error(&got, &want);
                 let what = format!("{:?}, {settings:?}", spec.method);
                 assert!(error < 2.0 * of_autograd, "{name} is off by {error}, autograd by {of_autograd}: {what}");
@@ -164,13 +173,18 @@ fn what_is_computed_again_changes_no_bit() {
     for patch in models() {
         let spec = spec(patch);
         let weights = weights(&spec);
-        for kind in [Kind::Float, Kind::BFloat16] {
-            let of = |recompute| gradients(&spec, &weights, Settings { recompute, ..settings(&spec, kind) });
+        for (kind, ops) in [
+            (Kind::Float, OpsChoice::Proven),
+            (Kind::BFloat16, OpsChoice::Proven),
+            (Kind::BFloat16, OpsChoice::GpuKernels),
+        ] {
+            let of = |recompute| gradients(&spec, &weights, Settings { recompute, ops, ..settings(&spec, kind) });
             let (loss, want) = of(Recompute::None);
             for recompute in [Recompute::Cheap, Recompute::Layers] {
                 let (other_loss, got) = of(recompute);
                 assert!(loss.to_bits() == other_loss.to_bits());
-                assert!(want.iter().zip(&got).all(|((_, want), (_, got))| want.equal(got)), "{recompute:?} {kind:?}");
+                let is_same = want.iter().zip(&got).all(|((_, want), (_, got))| want.equal(got));
+                assert!(is_same, "{recompute:?} {kind:?} {ops:?}");
             }
         }
     }
@@ -193,7 +207,7 @@ fn quantised_weights_compute_with_what_they_stand_for() {
         let spec = spec(json!({}));
         let weights = weights(&spec).in_double();
         let stands_for = weights.in_double();
-        let ops = super::Ops::libtorch(Kind::Double);
+        let ops = super::Ops::new(OpsChoice::Libtorch, Kind::Double, Device::Cpu);
         for frozen in &stands_for.low_rank.as_ref().expect("wrapped").frozen {
             let master = frozen.master.copy();
             let quantised =
@@ -207,8 +221,8 @@ fn quantised_weights_compute_with_what_they_stand_for() {
         }
         let oracle = Oracle::new(&spec.model, &copy_trained(&weights, stands_for), Kind::Double, 0.0);
         let (_, want) = oracle.loss_and_gradients(&rows(), 0.125, PLACE);
-        for libtorch_alone in [false, true] {
-            let settings = Settings { frozen_weights: format, libtorch_alone, ..settings(&spec, Kind::Double) };
+        for ops in comparable_ops(0.0) {
+            let settings = Settings { frozen_weights: format, ops, ..settings(&spec, Kind::Double) };
             let (error, name) = largest_error(&gradients(&spec, &weights, settings).1, &want);
             assert!(error < 1e-8, "{format:?}: {name} is off by {error:e}");
         }
@@ -238,8 +252,8 @@ fn a_smaller_micro_batch_after_a_larger_one_finds_nothing_of_it() {
     let spec = spec(json!({}));
     let weights = weights(&spec);
     let few = rows().narrow(0, 1, 2);
-    let fresh = Engine::of(&spec, &weights).summed_loss(&few).double_value(&[]);
-    let mut engine = Engine::of(&spec, &weights);
+    let fresh = Engine::of(&spec, &weights, OpsChoice::Proven).summed_loss(&few).double_value(&[]);
+    let mut engine = Engine::of(&spec, &weights, OpsChoice::Proven);
     let _ = engine.forward_backward(&rows(), 1.0, PLACE);
     assert_eq!(engine.summed_loss(&few).double_value(&[]).to_bits(), fresh.to_bits());
 }
@@ -266,7 +280,13 @@ fn padding_reaches_no_weight_that_is_exported() {
 
 #[test]
 fn dropout_masks_are_the_draws_of_their_place() {
-    let kernels = crate::train::native::kernels::Kernels::new(Kind::Float, 1);
+    let emulated = Kernels::on_gpu(Kind::Float, Device::Cpu).expect("an emulation");
+    for kernels in [Kernels::new(Kind::Float, 1), emulated] {
+        assert_masks_are_draws(&kernels);
+    }
+}
+
+fn assert_masks_are_draws(kernels: &Kernels) {
     let (num_seqs, length, width, keep) = (3, 5, 11, 0.75);
     let place = super::MaskPlace { seed: 9, first_seq: 40, matrix: 6, sequence_length: length };
     let ones = Tensor::ones([num_seqs * length, width + 2], (Kind::Float, Device::Cpu));

@@ -83,7 +83,7 @@ impl Driver {
         Ok(i64::try_from(bytes).unwrap_or(i64::MAX))
     }
 
-    fn device(&self, index: i32) -> Result<i32, NoCuda> {
+    pub(super) fn device(&self, index: i32) -> Result<i32, NoCuda> {
         let mut device = 0;
         // SAFETY: as above.
         #[expect(unsafe_code, reason = "calls the CUDA driver")]
@@ -94,7 +94,7 @@ impl Driver {
         self.check("cuDeviceGet", status).map(|()| device)
     }
 
-    fn check(&self, function: &str, status: Status) -> Result<(), NoCuda> {
+    pub(super) fn check(&self, function: &str, status: Status) -> Result<(), NoCuda> {
         match status {
             0 => Ok(()),
             _ => Err(NoCuda::Broken(format!("the driver's {function} answers {}", self.error_name(status)))),
@@ -119,7 +119,7 @@ impl Driver {
     /// # Safety
     /// `T` is the function's signature.
     #[expect(unsafe_code, reason = "the type of a symbol is for the caller to know")]
-    unsafe fn find<T>(&self, name: &[u8]) -> Result<Symbol<'_, T>, NoCuda> {
+    pub(super) unsafe fn find<T>(&self, name: &[u8]) -> Result<Symbol<'_, T>, NoCuda> {
         // SAFETY: the caller's.
         unsafe { self.library.get(name) }.map_err(|error| NoCuda::Broken(format!("the driver is not whole: {error}")))
     }

@@ -1,4 +1,5 @@
-//! The CPU's fused kernels (kernels.cpp), each behind a function that checks what it is given.
+//! The fused kernels, of the CPU (kernels.cpp) and of a GPU (kernels.cu), each behind a function that checks what it is
+//! given.
 //!
 //! In shapes: n rows (the tokens of a micro-batch), w elements of a row. "Sum kind" is fp32, or fp64 where products are
 //! in fp64; "product kind" is what matrix products read and write.
@@ -7,6 +8,7 @@ use std::ffi::c_void;
 
 use tch::{Device, Kind, Tensor};
 
+use super::{NoCuda, gpu_table};
 use crate::train::random::Purpose;
 
 /// The settings of one AdamW update; corrections are 1 - beta^t.
@@ -23,28 +25,28 @@ pub struct AdamwSettings {
     pub gradient_scale: f64,
 }
 
-type In = *const c_void;
-type Out = *mut c_void;
+pub(super) type In = *const c_void;
+pub(super) type Out = *mut c_void;
 
 /// `relora_kernels` of kernels.h.
 #[repr(C)]
-struct Table {
-    rms_norm: unsafe extern "C" fn(i32, i64, i64, In, In, In, f64, Out, Out, Out),
-    rms_norm_backward: unsafe extern "C" fn(i32, i64, i64, In, In, In, In, Out, Out, Out),
-    rotate: unsafe extern "C" fn(i32, i64, i64, i64, i64, i64, Out, In, In, i32),
-    causal_softmax: unsafe extern "C" fn(i32, i64, i64, In, f64, Out),
-    causal_softmax_backward: unsafe extern "C" fn(i32, i64, i64, In, f64, Out),
-    swiglu: unsafe extern "C" fn(i32, i64, i64, In, Out),
-    swiglu_backward: unsafe extern "C" fn(i32, i64, i64, In, Out),
-    cross_entropy: unsafe extern "C" fn(i32, i64, i64, i64, Out, In, f64, Out),
-    embedding_backward: unsafe extern "C" fn(i32, i64, i64, In, In, Out),
-    add_scaled: unsafe extern "C" fn(i32, i64, In, In, f64, Out),
-    add_scaled_int8: unsafe extern "C" fn(i32, i64, i64, In, In, In, f64, Out),
-    add_scaled_nf4: unsafe extern "C" fn(i32, i64, In, In, In, In, f64, Out),
-    accumulate: unsafe extern "C" fn(i32, i64, In, Out),
-    dropout: unsafe extern "C" fn(i32, i64, i64, i64, i64, In, f64, u64, u32, u32, i32, Out),
-    adamw: unsafe extern "C" fn(i32, i64, i64, Out, In, Out, Out, *const AdamwSettings),
-    square_sum: unsafe extern "C" fn(i32, i64, In, *mut f64),
+pub(super) struct Table {
+    pub rms_norm: unsafe extern "C-unwind" fn(i32, i64, i64, In, In, In, f64, Out, Out, Out),
+    pub rms_norm_backward: unsafe extern "C-unwind" fn(i32, i64, i64, In, In, In, In, Out, Out, Out),
+    pub rotate: unsafe extern "C-unwind" fn(i32, i64, i64, i64, i64, i64, Out, In, In, i32),
+    pub causal_softmax: unsafe extern "C-unwind" fn(i32, i64, i64, In, f64, Out),
+    pub causal_softmax_backward: unsafe extern "C-unwind" fn(i32, i64, i64, In, f64, Out),
+    pub swiglu: unsafe extern "C-unwind" fn(i32, i64, i64, In, Out),
+    pub swiglu_backward: unsafe extern "C-unwind" fn(i32, i64, i64, In, Out),
+    pub cross_entropy: unsafe extern "C-unwind" fn(i32, i64, i64, i64, Out, In, f64, Out),
+    pub embedding_backward: unsafe extern "C-unwind" fn(i32, i64, i64, In, In, Out),
+    pub add_scaled: unsafe extern "C-unwind" fn(i32, i64, In, In, f64, Out),
+    pub add_scaled_int8: unsafe extern "C-unwind" fn(i32, i64, i64, In, In, In, f64, Out),
+    pub add_scaled_nf4: unsafe extern "C-unwind" fn(i32, i64, In, In, In, In, f64, Out),
+    pub accumulate: unsafe extern "C-unwind" fn(i32, i64, In, Out),
+    pub dropout: unsafe extern "C-unwind" fn(i32, i64, i64, i64, i64, In, f64, u64, u32, u32, i32, Out),
+    pub adamw: unsafe extern "C-unwind" fn(i32, i64, i64, Out, In, Out, Out, *const AdamwSettings),
+    pub square_sum: unsafe extern "C-unwind" fn(i32, i64, In, *mut f64),
 }
 
 #[expect(unsafe_code, reason = "kernels.cpp, compiled once per instruction set")]
@@ -93,26 +95,35 @@ pub struct MaskPlace {
     pub sequence_length: i64,
 }
 
-/// The kernels for one kind of element, on this many threads.
+/// The kernels for one kind of element, over tensors that lie on one device.
 pub struct Kernels {
     table: &'static Table,
+    /// Of the CPU.
     threads: i32,
+    device: Device,
     product_kind: Kind,
     sum_kind: Kind,
 }
 
 #[expect(unsafe_code, reason = "calls kernels.cpp")]
 impl Kernels {
+    /// Those of the CPU, on this many threads.
+    ///
     /// # Panics
     /// If products of this kind are not known: they are fp32, fp64 or bf16.
     pub fn new(product_kind: Kind, threads: i32) -> Self {
-        let (index, sum_kind) = match product_kind {
-            Kind::Float => (0, Kind::Float),
-            Kind::Double => (1, Kind::Double),
-            Kind::BFloat16 => (2, Kind::Float),
-            other => panic!("there are no kernels for {other:?}"),
-        };
-        Self { table: &tables()[index], threads, product_kind, sum_kind }
+        let (index, sum_kind) = kinds(product_kind);
+        Self { table: &tables()[index], threads, device: Device::Cpu, product_kind, sum_kind }
+    }
+
+    /// Those of a GPU, which are compiled for it now. In tests the device is the CPU, and the kernels are emulated.
+    ///
+    /// # Panics
+    /// As `new`.
+    pub fn on_gpu(product_kind: Kind, device: Device) -> Result<Self, NoCuda> {
+        let (index, sum_kind) = kinds(product_kind);
+        gpu_table::make_ready(index, device, sum_kind)?;
+        Ok(Self { table: &gpu_table::TABLES[index], threads: 0, device, product_kind, sum_kind })
     }
 
     /// y = x / rms(x) · weight and rstd = 1 / rms(x), after sum = x + branch where there is a branch.
@@ -133,7 +144,7 @@ impl Kernels {
             None => (std::ptr::null_mut(), std::ptr::null_mut()),
         };
         let (weight, y, rstd) = (self.sum(weight, width), self.product(y, rows * width), self.sum(rstd, rows));
-        // SAFETY: every tensor was checked to be contiguous, in host memory, of its kind and of its length.
+        // SAFETY: every tensor was checked to be contiguous, on the device, of its kind and of its length.
         unsafe { (self.table.rms_norm)(self.threads, rows, width, x.data_ptr(), branch, weight, eps, sum, y, rstd) }
     }
 
@@ -246,7 +257,7 @@ impl Kernels {
     pub fn cross_entropy(&self, logits: &Tensor, vocab: i64, targets: &Tensor, scale: Option<f64>, losses: &Tensor) {
         let (rows, width) = self.rows(logits, self.product_kind);
         assert!(vocab <= width, "{vocab} logits in rows of {width}");
-        let targets = indices(targets, rows, vocab);
+        let targets = self.indices(targets, rows, vocab);
         let losses = self.sum(losses, rows);
         // SAFETY: as in `rms_norm`; targets are inside the vocabulary.
         unsafe {
@@ -259,7 +270,7 @@ impl Kernels {
     pub fn embedding_backward(&self, ids: &Tensor, dx: &Tensor, dweight: &Tensor) {
         let (rows, width) = self.rows(dx, self.sum_kind);
         let (vocab, _) = self.rows(dweight, self.sum_kind);
-        let ids = indices(ids, rows, vocab);
+        let ids = self.indices(ids, rows, vocab);
         let dweight = self.sum(dweight, vocab * width);
         // SAFETY: as in `rms_norm`; ids are inside the vocabulary.
         unsafe { (self.table.embedding_backward)(self.threads, rows, width, ids, dx.data_ptr(), dweight) }
@@ -291,7 +302,7 @@ impl Kernels {
         to: &Tensor,
     ) {
         let len = delta.numel() as i64;
-        let codes = checked(codes, Kind::Uint8, (len + 1) / 2);
+        let codes = self.checked(codes, Kind::Uint8, (len + 1) / 2);
         let (scales, levels) = (self.sum(scales, (len + 63) / 64), self.sum(levels, 16));
         let (delta, to) = (self.product(delta, len), self.product(to, len));
         // SAFETY: as in `rms_norm`.
@@ -358,35 +369,47 @@ impl Kernels {
     /// Rows and width of a matrix of this kind.
     fn rows(&self, x: &Tensor, kind: Kind) -> (i64, i64) {
         let (rows, width) = x.size2().expect("a matrix");
-        checked(x, kind, rows * width);
+        self.checked(x, kind, rows * width);
         (rows, width)
     }
 
     fn sum(&self, x: &Tensor, len: i64) -> Out {
-        checked(x, self.sum_kind, len)
+        self.checked(x, self.sum_kind, len)
     }
 
     fn product(&self, x: &Tensor, len: i64) -> Out {
-        checked(x, self.product_kind, len)
+        self.checked(x, self.product_kind, len)
+    }
+
+    /// The address of a tensor that a kernel may read and write.
+    ///
+    /// # Panics
+    /// If it is of another kind or length, not contiguous, or on another device.
+    fn checked(&self, x: &Tensor, kind: Kind, len: i64) -> Out {
+        let is_usable = x.device() == self.device && x.kind() == kind && x.is_contiguous() && x.numel() as i64 == len;
+        assert!(is_usable, "a kernel wants {len} contiguous elements of {kind:?} on {:?}, not {x:?}", self.device);
+        x.data_ptr()
+    }
+
+    /// The address of this many indices, all of them below `bound`. Those on a GPU are not looked at, which would have to
+    /// wait for it: what was read of a dataset is in range.
+    fn indices(&self, x: &Tensor, len: i64, bound: i64) -> In {
+        let address = self.checked(x, Kind::Int64, len).cast::<i64>();
+        if self.device == Device::Cpu {
+            // SAFETY: `checked` found so many integers there.
+            let values = unsafe { std::slice::from_raw_parts(address, len as usize) };
+            assert!(values.iter().all(|&value| (0..bound).contains(&value)), "an index is outside of 0..{bound}");
+        }
+        address.cast()
     }
 }
 
-/// The address of a tensor that a kernel may read and write.
-///
-/// # Panics
-/// If it is of another kind or length, not contiguous, or not in host memory.
-fn checked(x: &Tensor, kind: Kind, len: i64) -> Out {
-    let is_usable = x.device() == Device::Cpu && x.kind() == kind && x.is_contiguous() && x.numel() as i64 == len;
-    assert!(is_usable, "a kernel wants {len} contiguous elements of {kind:?} in host memory, not {x:?}");
-    x.data_ptr()
-}
-
-/// The address of this many indices, all of them below `bound`.
-fn indices(x: &Tensor, len: i64, bound: i64) -> In {
-    let address = checked(x, Kind::Int64, len).cast::<i64>();
-    // SAFETY: `checked` found so many integers there.
-    #[expect(unsafe_code, reason = "tch hands out no slices")]
-    let values = unsafe { std::slice::from_raw_parts(address, len as usize) };
-    assert!(values.iter().all(|&value| (0..bound).contains(&value)), "an index is outside of 0..{bound}");
-    address.cast()
+/// The number of a kind of products among the tables, and the kind of its sums.
+fn kinds(product_kind: Kind) -> (usize, Kind) {
+    match product_kind {
+        Kind::Float => (0, Kind::Float),
+        Kind::Double => (1, Kind::Double),
+        Kind::BFloat16 => (2, Kind::Float),
+        other => panic!("there are no kernels for {other:?}"),
+    }
 }

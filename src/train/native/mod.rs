@@ -1,7 +1,12 @@
 //! The only unsafe code: what reaches below tch. Each function is safe to call.
 
 mod driver;
+#[cfg(test)]
+mod emulated_gpu;
+mod gpu_table;
 pub mod kernels;
+#[cfg(not(test))]
+mod module;
 
 use std::{fs::File, io, path::Path, path::PathBuf, slice};
 
