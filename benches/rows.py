@@ -37,7 +37,7 @@ class Measurements:
 
 def row_of(measurements, num_runs):
     """One row, which stands for itself."""
-    case, ours = measurements.case, measurements.results["ours"]
+    case, ours = measurements.case, measurements.results.get("ours")
     sides = measurements.compared_sides("tokens_per_s")
     cpu_sides = measurements.compared_sides("tokens_per_cpu_s")
     speeds = {name: measurements.median(side, "tokens_per_s") for name, side in sides.items()}

@@ -55,7 +55,7 @@ def parse_arguments():
     parser.add_argument("--steps", type=positive, help="timed updates of a measurement; 5, or 50 on a GPU")
     parser.add_argument("--runs", type=positive, default=3, help="measurements of every side, in turns; 3")
     parser.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)), help="by default all cores")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--sides", type=names(SIDES), default=SIDES, help=f"of {', '.join(SIDES)}; all")
     parser.add_argument("--memory-rows", action="store_true",
                         help="after each low-rank row, our trainer alone by settings of the spec's memory section")
     arguments = parser.parse_args()
@@ -98,7 +98,7 @@ def cases_of(arguments):
         for dropout in arguments.dropouts if method == "relora" else [0.0]:
             case = Case(model, dtype, method, dropout, arguments.device, arguments.seqs, arguments.sequence_length,
                         arguments.micro_batch_seqs, arguments.steps, arguments.threads)
-            yield case, [side for side in SIDES if side != "compiled" or not arguments.no_compile]
+            yield case, arguments.sides
             if arguments.memory_rows and case.is_low_rank:
                 yield from ((replace(case, memory=memory), ["ours"]) for memory in MEMORY_ROWS)
 
