@@ -9,6 +9,7 @@ mod download;
 mod error;
 mod keys;
 mod list;
+mod pieces;
 #[cfg(test)]
 mod tests;
 mod throughput;

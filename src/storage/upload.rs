@@ -1,13 +1,7 @@
 //! Uploads: SHA-256 on the way, one request for what fits into one part, else multipart with few parts in
 //! memory. Whatever the store does, an upload ends: see [`Patience`].
 
-use std::{
-    fs::File,
-    io::{self, Read},
-    path::Path,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{io, path::Path, time::Duration};
 
 use aws_sdk_s3::{
     config::{Builder, Config, timeout::TimeoutConfig},
@@ -15,14 +9,14 @@ use aws_sdk_s3::{
     types::{CompletedMultipartUpload, CompletedPart},
 };
 use bytes::{Bytes, BytesMut};
-use futures_util::{Stream, StreamExt, stream};
+use futures_util::{Stream, StreamExt};
 use sha2::{Digest, Sha256};
 use tokio::{
     task::{JoinSet, spawn_blocking},
     time::timeout,
 };
 
-use super::{Key, Result, StorageError, Store, error::local};
+use super::{Key, Result, StorageError, Store, error::local, pieces::file_pieces};
 
 pub(super) const PART_BYTES: u64 = 8 << 20;
 const MAX_PARTS: u64 = 10_000;
@@ -129,7 +123,7 @@ impl Store {
         loop {
             let file = tokio::fs::File::open(path).await.map_err(local("open the file for", key))?;
             let len_bytes = file.metadata().await.map_err(local("look at the file for", key))?.len();
-            let stream = file_parts(file.into_std().await, part_bytes(1, Some(len_bytes)), len_bytes);
+            let stream = file_pieces(file.into_std().await, part_bytes(1, Some(len_bytes)), len_bytes);
             let limit = self.patience().file(len_bytes);
             match self.within(limit, "upload", key, self.upload_stream(key, stream, Some(len_bytes))).await {
                 Err(error @ StorageError::LowDiskSpace { .. }) => {
@@ -351,54 +345,6 @@ pub(super) fn describe_parts() -> String {
     )
 }
 
-/// A file in pieces of `size_bytes`, each read at once and off the threads that must not block.
-fn file_parts(file: File, size_bytes: u64, len_bytes: u64) -> impl Stream<Item = io::Result<Bytes>> + Send + use<> {
-    let buffers = Buffers::default();
-    stream::try_unfold(file, move |mut file| {
-        let buffers = buffers.clone();
-        let read = move || {
-            let mut piece = buffers.take(usize::try_from(size_bytes.min(len_bytes)).map_err(io::Error::other)?);
-            (&mut file).take(size_bytes).read_to_end(&mut piece.bytes)?;
-            Ok((!piece.bytes.is_empty()).then(|| (Bytes::from_owner(piece), file)))
-        };
-        async { spawn_blocking(read).await.unwrap_or_else(|error| Err(io::Error::other(error))) }
-    })
-}
-
-/// Memory for pieces, used again once nobody reads them: given back to the allocator on one thread and taken on another
-/// each time, they come to twice what is there at once (docs/performance.md).
-#[derive(Clone, Default)]
-struct Buffers {
-    unused: Arc<Mutex<Vec<Vec<u8>>>>,
-}
-
-struct Piece {
-    bytes: Vec<u8>,
-    buffers: Buffers,
-}
-
-impl Buffers {
-    fn take(&self, capacity: usize) -> Piece {
-        let unused = self.unused.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut bytes = unused.unwrap_or_else(|| Vec::with_capacity(capacity));
-        bytes.clear();
-        Piece { bytes, buffers: self.clone() }
-    }
-}
-
-impl AsRef<[u8]> for Piece {
-    fn as_ref(&self) -> &[u8] {
-        &self.bytes
-    }
-}
-
-impl Drop for Piece {
-    fn drop(&mut self) {
-        let bytes = std::mem::take(&mut self.bytes);
-        self.buffers.unused.lock().unwrap_or_else(PoisonError::into_inner).push(bytes);
-    }
-}
-
 /// A stream cut into parts, and its hash so far.
 struct Parts<S> {
     stream: S,
@@ -488,28 +434,7 @@ impl Drop for OpenUpload {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::HashSet, fs::File};
-
-    use futures_util::TryStreamExt;
-
-    use super::{MAX_PARTS, MAX_UPLOAD, PART_BYTES, Patience, Store, file_parts, max_in_flight, part_bytes};
-
-    #[tokio::test]
-    async fn a_file_is_read_into_as_many_buffers_as_there_are_pieces_at_once() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("file");
-        let written: Vec<u8> = (0..10_500u32).map(|n| n as u8 ^ (n >> 8) as u8).collect();
-        std::fs::write(&path, &written).unwrap();
-        let mut pieces = Box::pin(file_parts(File::open(&path).unwrap(), 1_000, 10_500));
-        let (mut read, mut held, mut addresses) = (Vec::new(), None, HashSet::new());
-        while let Some(piece) = pieces.try_next().await.unwrap() {
-            read.extend_from_slice(&piece);
-            addresses.insert(piece.as_ptr());
-            held = Some(piece);
-        }
-        assert!(read == written && held.unwrap().len() == 500);
-        assert_eq!(addresses.len(), 2, "one is read while the one before is held");
-    }
+    use super::{MAX_PARTS, MAX_UPLOAD, PART_BYTES, Patience, Store, max_in_flight, part_bytes};
 
     #[test]
     fn no_upload_needs_more_parts_than_a_store_takes() {
