@@ -13,6 +13,7 @@ use tch::{Device, Tensor};
 
 use super::{
     error::TrainError,
+    host_copy::copy_to_device,
     native,
     random::{Draws, Permutation, Purpose},
 };
@@ -136,7 +137,8 @@ impl Split {
                 }
             }
         }
-        Tensor::from_slice(&tokens).view([-1, self.sequence_length]).to_device(device)
+        let num_rows = tokens.len() as i64 / self.sequence_length;
+        copy_to_device(&tokens, &[num_rows, self.sequence_length], device)
     }
 }
 

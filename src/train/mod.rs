@@ -12,6 +12,7 @@ mod engine;
 mod error;
 mod eval;
 mod events;
+mod host_copy;
 mod host_memory;
 mod layout;
 mod logits;

@@ -276,14 +276,14 @@ impl Ops {
         }
     }
 
-    /// The sum of squares of a flat buffer, whose length is a multiple of 1,024. Waits for the device.
-    pub fn square_sum(&self, x: &Tensor) -> f64 {
+    /// The sum of squares of a flat buffer, whose length is a multiple of 1,024, in fp64 on the device.
+    pub fn square_sum(&self, x: &Tensor) -> Tensor {
         match self {
             Self::Kernels(kernels) => kernels.square_sum(x),
             // In two levels: one fp32 sum over all elements loses digits.
             Self::Libtorch { .. } => {
                 let rows = x.view([-1, 1_024]).square().sum_dim_intlist([1i64].as_slice(), false, x.kind());
-                rows.sum(Kind::Double).double_value(&[])
+                rows.sum(Kind::Double)
             }
         }
     }

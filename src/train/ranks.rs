@@ -14,12 +14,7 @@ use std::{
 
 use tch::{Kind, Tensor};
 
-use super::{
-    error::TrainError,
-    events::Events,
-    relora::{Wrapped, copy_to_host},
-    weights::LowRankWeights,
-};
+use super::{error::TrainError, events::Events, host_copy::copy_to_host, relora::Wrapped, weights::LowRankWeights};
 use crate::domain::{
     contract::{Event, RankCount},
     spec::Linear,

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 
 use super::{
+    host_copy::{copy_to_host, into_host},
     model::{self, linear_path},
     random::{Draws, Purpose},
     weights::{Group, LowRankWeights, Parameter, Weights, buffer_len, views},
@@ -223,7 +224,7 @@ impl Weights {
                 Some(master) => master + delta.to_device(master.device()),
                 None => delta,
             };
-            merged.push((wrapped.name.clone(), value.to_device(Device::Cpu)));
+            merged.push((wrapped.name.clone(), into_host(value)));
         }
         merged.extend(frozen.into_iter().map(|(name, master)| (name.to_owned(), copy_to_host(master))));
         merged
@@ -302,12 +303,6 @@ impl LowRankWeights {
 /// s·B·A, which a restart adds to a matrix.
 pub fn scaled_product(a: &Tensor, b: &Tensor, scale: f64) -> Tensor {
     b.mm(a) * scale
-}
-
-pub fn copy_to_host(tensor: &Tensor) -> Tensor {
-    let _guard = tch::no_grad_guard();
-    // A device sync where the tensor is on a GPU.
-    tensor.detach().to_device_(Device::Cpu, Kind::Float, false, true)
 }
 
 /// A and B of every wrapped matrix, in pairs.

@@ -157,10 +157,9 @@ impl Run {
 
             let started = Instant::now();
             let learning_rate = self.schedule.learning_rate(step);
-            // Reading the loss and the norm waits for the device, once per update.
             let span = self.profile.span("update", "update");
-            let loss = self.accumulate_gradients().double_value(&[]);
-            let grad_norm = self.gradient_norm();
+            let loss = self.accumulate_gradients();
+            let (loss, grad_norm) = self.read(&loss, &self.gradient_square_sum());
             if !(loss.is_finite() && grad_norm.is_finite()) {
                 self.skip(loss, grad_norm)?;
                 continue;
@@ -317,10 +316,18 @@ impl Run {
         loss / num_targets
     }
 
-    /// Over all trained parameters together.
-    fn gradient_norm(&self) -> f64 {
+    /// Over all trained parameters together, on the device.
+    fn gradient_square_sum(&self) -> Tensor {
         let _span = self.profile.span("optimizer", "gradient norm");
-        self.weights.groups().map(|group| group.gradient_square_sum(self.engine.ops())).sum::<f64>().sqrt()
+        self.weights.groups().map(|group| group.gradient_square_sum(self.engine.ops())).sum()
+    }
+
+    /// The loss, and the root of the sum of squares. The one time in an update that the device is waited for: whether
+    /// the update is made at all depends on them.
+    fn read(&self, loss: &Tensor, square_sum: &Tensor) -> (f64, f64) {
+        let _span = self.profile.span("optimizer", "wait for the device");
+        let both = Tensor::stack(&[loss, square_sum], 0).to_device(tch::Device::Cpu);
+        (both.double_value(&[0]), both.double_value(&[1]).sqrt())
     }
 
     /// What the gradients are multiplied with, so that their norm is within the spec's bound.

@@ -8,8 +8,9 @@ use tch::{Device, Tensor};
 
 use super::{
     error::TrainError,
+    host_copy::copy_to_host,
     ranks::wrapped_matrices,
-    relora::{Wrapping, copy_to_host},
+    relora::Wrapping,
     tensor_file,
     weights::{Group, LowRankWeights, Weights},
 };

@@ -175,8 +175,8 @@ impl Group {
         }
     }
 
-    /// The sum of the squares of all gradients. Waits for the device.
-    pub fn gradient_square_sum(&self, ops: &Ops) -> f64 {
+    /// The sum of the squares of all gradients, in fp64 on the device.
+    pub fn gradient_square_sum(&self, ops: &Ops) -> Tensor {
         ops.square_sum(&self.gradients)
     }
 

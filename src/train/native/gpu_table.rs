@@ -14,13 +14,12 @@ use super::emulated_gpu::Module;
 use super::module::Module;
 use super::{
     NoCuda,
-    kernels::{AdamwSettings, In, Out, Table},
+    kernels::{AdamwSettings, In, NUM_PARTIALS, Out, Table},
 };
 
 /// Threads of a block. The emulation gets along with few.
 const THREADS: i64 = if cfg!(test) { 8 } else { 256 };
-/// Chunks that a sum over rows or elements is taken in, side by side.
-const NUM_CHUNKS: i64 = 1_024;
+/// Chunks that a sum over rows is taken in, side by side.
 const NUM_ROW_CHUNKS: i64 = 64;
 
 static GPUS: [OnceLock<Gpu>; 3] = [OnceLock::new(), OnceLock::new(), OnceLock::new()];
@@ -310,12 +309,8 @@ mod entries {
         over_elements::<K>(c"adamw", len, arguments);
     }
 
-    pub unsafe extern "C-unwind" fn square_sum<const K: usize>(_: i32, len: i64, x: In, sum: *mut f64) {
-        let chunk_len = divided(len, NUM_CHUNKS).max(1);
-        let num_chunks = divided(len, chunk_len);
-        let partials = Tensor::zeros([num_chunks], (Kind::Double, Gpu::of::<K>().device));
-        let address = partials.data_ptr();
-        over_rows::<K>(c"square_sum", num_chunks, arguments![len, chunk_len, x, address]);
-        *sum = partials.sum(Kind::Double).double_value(&[]);
+    pub unsafe extern "C-unwind" fn square_sum<const K: usize>(_: i32, len: i64, x: In, partials: Out) {
+        let chunk_len = divided(len, NUM_PARTIALS).max(1);
+        over_rows::<K>(c"square_sum", divided(len, chunk_len), arguments![len, chunk_len, x, partials]);
     }
 }

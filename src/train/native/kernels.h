@@ -35,5 +35,5 @@ struct relora_kernels {
                     double keep, uint64_t seed, uint32_t first_seq, uint32_t place, int adds, void* to);
     void (*adamw)(int threads, int64_t len, int64_t decayed_len, void* value, const void* gradient, void* exp_avg,
                   void* exp_avg_sq, const struct relora_adamw* settings);
-    void (*square_sum)(int threads, int64_t len, const void* x, double* sum);
+    void (*square_sum)(int threads, int64_t len, const void* x, double* partials);  // their sum is meant
 };

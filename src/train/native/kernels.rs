@@ -46,7 +46,7 @@ pub(super) struct Table {
     pub accumulate: unsafe extern "C-unwind" fn(i32, i64, In, Out),
     pub dropout: unsafe extern "C-unwind" fn(i32, i64, i64, i64, i64, In, f64, u64, u32, u32, i32, Out),
     pub adamw: unsafe extern "C-unwind" fn(i32, i64, i64, Out, In, Out, Out, *const AdamwSettings),
-    pub square_sum: unsafe extern "C-unwind" fn(i32, i64, In, *mut f64),
+    pub square_sum: unsafe extern "C-unwind" fn(i32, i64, In, Out),
 }
 
 #[expect(unsafe_code, reason = "kernels.cpp, compiled once per instruction set")]
@@ -84,6 +84,9 @@ fn tables() -> &'static [Table; 3] {
         &*relora_kernels_baseline()
     }
 }
+
+/// How many partial sums a table may leave of a sum over elements.
+pub const NUM_PARTIALS: i64 = 1_024;
 
 /// Where the rows of a micro-batch stand in the run, which is what their dropout masks depend on.
 #[derive(Debug, Clone, Copy)]
@@ -357,13 +360,13 @@ impl Kernels {
         unsafe { (self.table.adamw)(self.threads, len, decayed_len, value, gradient, exp_avg, exp_avg_sq, settings) }
     }
 
-    /// The sum of squares of a buffer in the sum kind.
-    pub fn square_sum(&self, x: &Tensor) -> f64 {
-        let mut sum = 0.0;
+    /// The sum of squares of a buffer in the sum kind, in fp64 on the device.
+    pub fn square_sum(&self, x: &Tensor) -> Tensor {
+        let partials = Tensor::zeros([NUM_PARTIALS], (Kind::Double, self.device));
         let len = x.numel() as i64;
-        // SAFETY: as in `rms_norm`.
-        unsafe { (self.table.square_sum)(self.threads, len, self.sum(x, len), &mut sum) };
-        sum
+        // SAFETY: as in `rms_norm`; there is room for as many partial sums as any table writes.
+        unsafe { (self.table.square_sum)(self.threads, len, self.sum(x, len), partials.data_ptr()) };
+        partials.sum(Kind::Double)
     }
 
     /// Rows and width of a matrix of this kind.

@@ -8,7 +8,13 @@ pub mod kernels;
 #[cfg(not(test))]
 mod module;
 
-use std::{fs::File, io, path::Path, path::PathBuf, slice};
+use std::{
+    ffi::c_void,
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+    slice,
+};
 
 use memmap2::Mmap;
 use tch::{Kind, Tensor};
@@ -61,6 +67,7 @@ fn loaded_library(name: &str) -> Option<PathBuf> {
 #[expect(unsafe_code, reason = "context.cpp")]
 unsafe extern "C" {
     fn relora_use_deterministic_algorithms();
+    fn relora_page_locked(len: i64, scalar_type: i8) -> *mut c_void;
 }
 
 /// Lets libtorch's operations on a GPU take deterministic algorithms alone; one that has none panics. Must be called
@@ -70,6 +77,25 @@ pub fn use_deterministic_algorithms() {
     #[expect(unsafe_code, reason = "calls context.cpp")]
     unsafe {
         relora_use_deterministic_algorithms();
+    }
+}
+
+/// A flat tensor of fp32 or Int64 in page-locked memory of the host, which a GPU reads and writes by itself. None where
+/// there is no GPU, or no such memory left. What is in it is not defined.
+///
+/// # Panics
+/// If it is asked for another kind.
+pub fn page_locked(len: i64, kind: Kind) -> Option<Tensor> {
+    let scalar_type = match kind {
+        Kind::Int64 => 4,
+        Kind::Float => 6,
+        _ => panic!("page-locked memory is for fp32 and Int64, not {kind:?}"),
+    };
+    // SAFETY: the function throws nothing. What it returns is a tensor of libtorch's that nobody else owns.
+    #[expect(unsafe_code, reason = "calls context.cpp")]
+    unsafe {
+        let tensor = relora_page_locked(len, scalar_type);
+        (!tensor.is_null()).then(|| Tensor::from_ptr(tensor.cast()))
     }
 }
 
