@@ -27,6 +27,7 @@ MODELS = {
     "60m": Sizes(512, 1376, 8, 8),
     "130m": Sizes(768, 2048, 12, 12),
     "350m": Sizes(1024, 2736, 16, 24),
+    "1b": Sizes(2048, 5461, 32, 24),
 }
 
 
@@ -45,6 +46,8 @@ class Case:
     num_steps: int
     num_threads: int
     memory: dict | None = None
+    # Of our trainer alone; the published code asks for no such algorithms.
+    deterministic: bool = False
 
     @classmethod
     def from_json(cls, text):
@@ -68,7 +71,8 @@ class Case:
     def __str__(self):
         dropout = f" dropout {self.dropout:g}" if self.is_low_rank else ""
         memory = "".join(f" {value}" for value in (self.memory or {}).values())
-        return f"{self.model} {self.dtype} {self.method}{dropout}{memory}"
+        deterministic = " deterministic" if self.deterministic else ""
+        return f"{self.model} {self.dtype} {self.method}{dropout}{memory}{deterministic}"
 
 
 def linear_shapes(sizes):

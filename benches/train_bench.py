@@ -18,7 +18,7 @@ from .sides import ROOT, SideFailed, measure_torch
 from .trainer_side import measure_trainer, write_tokens
 
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")).resolve()
-TRAINER = TARGET / "release" / "relora-trainer"
+TRAINER = Path(os.environ.get("RELORA_TRAINER", TARGET / "release" / "relora-trainer"))
 OUT = TARGET / "bench"
 
 # Timed updates of one measurement.
@@ -43,7 +43,8 @@ MEMORY_ROWS = [
 def parse_arguments():
     parser = argparse.ArgumentParser(prog="benches/run", description="""Trains models with our trainer and with PyTorch
         in turns, prints a table, and writes its rows to target/bench/train.json, after every row anew.""")
-    parser.add_argument("--models", type=names(MODELS), default=list(MODELS), help="of 60m, 130m and 350m; all")
+    parser.add_argument("--models", type=names(MODELS), default=["60m", "130m", "350m"],
+                        help="of 60m, 130m, 350m and 1b; all but the last, which is for a GPU")
     parser.add_argument("--dtypes", type=names(["fp32", "bf16"]), default=["fp32", "bf16"], help="fp32, bf16; both")
     parser.add_argument("--methods", type=names(["full", "relora"]), default=["full", "relora"],
                         help="full, relora; both")
@@ -56,6 +57,7 @@ def parse_arguments():
     parser.add_argument("--runs", type=positive, default=3, help="measurements of every side, in turns; 3")
     parser.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)), help="by default all cores")
     parser.add_argument("--sides", type=names(SIDES), default=SIDES, help=f"of {', '.join(SIDES)}; all")
+    parser.add_argument("--deterministic", action="store_true", help="our trainer as specs have it by default")
     parser.add_argument("--memory-rows", action="store_true",
                         help="after each low-rank row, our trainer alone by settings of the spec's memory section")
     arguments = parser.parse_args()
@@ -97,7 +99,8 @@ def cases_of(arguments):
     for model, dtype, method in itertools.product(arguments.models, arguments.dtypes, arguments.methods):
         for dropout in arguments.dropouts if method == "relora" else [0.0]:
             case = Case(model, dtype, method, dropout, arguments.device, arguments.seqs, arguments.sequence_length,
-                        arguments.micro_batch_seqs, arguments.steps, arguments.threads)
+                        arguments.micro_batch_seqs, arguments.steps, arguments.threads,
+                        deterministic=arguments.deterministic)
             yield case, arguments.sides
             if arguments.memory_rows and case.is_low_rank:
                 yield from ((replace(case, memory=memory), ["ours"]) for memory in MEMORY_ROWS)

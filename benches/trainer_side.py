@@ -52,7 +52,7 @@ def spec_of(case):
             "num_seqs": case.num_seqs, "sequence_length": case.sequence_length,
             "micro_batch_seqs": case.micro_batch_seqs, "skip_seqs": 0,
         },
-        "precision": case.dtype, "deterministic": False, "seed": 7,
+        "precision": case.dtype, "deterministic": case.deterministic, "seed": 7,
         "eval": {"every_steps": NEVER, "max_tokens": 1, "prompts": []}, "checkpoints": {"every_steps": NEVER},
         "state_every_s": NEVER, "resources": {"device": case.device, "num_gpus": 1}, "priority": 0, "labels": {},
         "max_runtime_s": None,

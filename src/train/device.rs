@@ -142,7 +142,11 @@ fn numerics(device: Device, ops: OpsChoice) -> Numerics {
         device: match device {
             Device::Cuda(index) => {
                 let name = Driver::open().and_then(|driver| driver.gpu_name(index as i32));
-                let with = if ops == OpsChoice::GpuKernels { ", fused kernels" } else { "" };
+                let with = match ops {
+                    OpsChoice::GpuKernels => ", fused kernels",
+                    OpsChoice::GpuGraphs => ", fused kernels in graphs",
+                    _ => "",
+                };
                 format!("cuda ({}{with})", name.unwrap_or_else(|_| "unnamed".into()))
             }
             _ => format!("cpu ({})", field("model name").unwrap_or_else(|| "unnamed".into())),

@@ -52,12 +52,14 @@ pub fn evaluate(
     Some(Evaluation { loss: summed_loss / num_tokens as f64, num_tokens })
 }
 
-/// Continues every prompt of the spec. The draws depend on the seed and the prompt's place alone.
+/// Continues every prompt of the spec. The draws depend on the seed and the prompt's place alone. `alive` is called before
+/// every token.
 pub fn sample(
     engine: &mut Engine,
     dataset: &Dataset,
     spec: &TrainSpec,
     device: Device,
+    alive: impl Fn(),
 ) -> Result<Vec<(String, String)>, TrainError> {
     if spec.eval.prompts.is_empty() {
         return Ok(Vec::new());
@@ -75,6 +77,7 @@ pub fn sample(
                 engine,
                 tokens,
                 |position, len| {
+                    alive();
                     let draws = Draws::new(spec.seed, Purpose::Sampling, [index as i64, position]);
                     Tensor::from_slice(&draws.gumbel(len)).to_device(device)
                 },

@@ -23,6 +23,8 @@ pub enum OpsChoice {
     Proven,
     /// Kernels on a GPU too. Ours have run in an emulation alone, so they have to be asked for.
     GpuKernels,
+    /// The same, and the pass over a micro-batch as one launch.
+    GpuGraphs,
     /// libtorch's everywhere, beside which the tests run the others.
     #[cfg(test)]
     Libtorch,
@@ -41,12 +43,12 @@ impl Ops {
     pub fn new(choice: OpsChoice, product_kind: Kind, device: Device) -> Self {
         match (choice, device) {
             // The tests have no GPU, and emulate its kernels.
-            (OpsChoice::GpuKernels, _) if device.is_cuda() || cfg!(test) => {
+            (OpsChoice::GpuKernels | OpsChoice::GpuGraphs, _) if device.is_cuda() || cfg!(test) => {
                 let kernels = Kernels::on_gpu(product_kind, device)
-                    .unwrap_or_else(|error| panic!("CUDA error: the kernels of --gpu-kernels cannot be used: {error}"));
+                    .unwrap_or_else(|error| panic!("CUDA error: the trainer's own kernels cannot be used: {error}"));
                 Self::Kernels(kernels)
             }
-            (OpsChoice::Proven | OpsChoice::GpuKernels, Device::Cpu) => {
+            (OpsChoice::Proven | OpsChoice::GpuKernels | OpsChoice::GpuGraphs, Device::Cpu) => {
                 Self::Kernels(Kernels::new(product_kind, tch::get_num_threads()))
             }
             _ => Self::Libtorch { sum_kind: sum_kind(product_kind) },

@@ -76,11 +76,18 @@ pub struct OpsArgs {
     /// On a GPU, fused kernels of the trainer's own in the place of libtorch's operations.
     #[arg(long, env = "RELORA_CUDA_KERNELS", value_parser = FalseyValueParser::new())]
     gpu_kernels: bool,
+    /// On a GPU, the pass over a micro-batch as one launch of those kernels.
+    #[arg(long, env = "RELORA_CUDA_GRAPHS", value_parser = FalseyValueParser::new())]
+    gpu_graphs: bool,
 }
 
 impl OpsArgs {
     fn choice(&self) -> OpsChoice {
-        if self.gpu_kernels { OpsChoice::GpuKernels } else { OpsChoice::Proven }
+        match self {
+            Self { gpu_graphs: true, .. } => OpsChoice::GpuGraphs,
+            Self { gpu_kernels: true, .. } => OpsChoice::GpuKernels,
+            _ => OpsChoice::Proven,
+        }
     }
 }
 
@@ -174,6 +181,7 @@ pub fn settle(args: &Args, spec: &TrainSpec, device: tch::Device) -> Result<Job,
 pub fn train(args: &Args, job: Job, events: &Events, commands: Receiver<Command>) -> Result<Ending, TrainError> {
     let Job { spec, choices, device } = job;
     let dataset = Dataset::open(&args.data, &spec)?;
+    events.alive(0);
     let ops = args.ops.choice();
     let fingerprint = device::fingerprint(device, &choices, ops);
     let (out_dir, eos_token_id) = (args.out.clone(), dataset.tokenization.eos_token_id);
@@ -182,6 +190,7 @@ pub fn train(args: &Args, job: Job, events: &Events, commands: Receiver<Command>
         None => Start::new(args.weights.as_deref(), &spec, device, &fingerprint)?,
         Some(state_dir) => Start::resume(state_dir, &spec, device)?,
     };
+    events.alive(state.step);
     if let Some(state_dir) = args.resume.as_deref().filter(|dir| lies_in(dir, &args.out)) {
         tracing::info!(state.path = %state_dir.display(), "frozen weights are shared with the state");
         nodes.set_on_disk(&state, &spec);

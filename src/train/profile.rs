@@ -62,6 +62,11 @@ impl Profile {
         })))
     }
 
+    /// Whether there is a file that it will be written to.
+    pub fn is_wanted(&self) -> bool {
+        self.0.is_some()
+    }
+
     /// Begins a span of this name in a phase of the update.
     pub fn span(&self, phase: &'static str, name: &'static str) -> Span {
         let recorder = self.0.as_ref().filter(|recorder| recorder.is_recording()).cloned();

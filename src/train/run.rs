@@ -284,8 +284,9 @@ impl Run {
     }
 
     fn sample(&mut self) -> Result<(), TrainError> {
-        for (prompt, text) in eval::sample(&mut self.engine, &self.dataset, &self.spec, self.device)? {
-            self.events.emit(&Event::Sample { step: self.state.step, prompt, text });
+        let Self { engine, dataset, spec, device, events, state, .. } = self;
+        for (prompt, text) in eval::sample(engine, dataset, spec, *device, || events.alive(state.step))? {
+            events.emit(&Event::Sample { step: state.step, prompt, text });
         }
         Ok(())
     }

@@ -196,7 +196,7 @@ impl Heads {
             share => {
                 let (b, _, t, d) = heads.size4().expect("four dimensions");
                 let shared = heads.reshape([b, self.num_key_value, share, t, d]);
-                copy(&shared.sum_dim_intlist([2i64].as_slice(), false, heads.kind()), to);
+                let _ = shared.sum_intlist_out(to, [2i64].as_slice(), false, heads.kind());
             }
         }
     }

@@ -4,6 +4,7 @@
 //! the product kind; norms, rotations, the residual stream, the loss and all gradients of parameters in the sum kind.
 
 mod attention;
+mod graphs;
 mod layer;
 mod projection;
 mod quantised;
@@ -15,6 +16,7 @@ mod tests;
 use tch::{Device, Kind, Tensor};
 
 use attention::{Attention, Heads};
+use graphs::Graphs;
 use layer::{GradientStream, Kept, Layer, Norm, Pass};
 use projection::{Padded, Projection};
 use scratch::Scratch;
@@ -110,6 +112,8 @@ pub struct Engine {
     passing: Kept,
     loss: LossBuffers,
     stream: [Scratch; 2],
+    /// Present where passes are launched as a whole.
+    graphs: Option<Graphs>,
     is_stale: bool,
 }
 
@@ -180,6 +184,8 @@ impl Engine {
                 losses: Scratch::new(sums),
             },
             stream: [Scratch::new(sums), Scratch::new(products)],
+            // Where masks come from differs between passes.
+            graphs: (settings.ops == OpsChoice::GpuGraphs && settings.dropout == 0.0).then(|| Graphs::new(device)),
             is_stale: true,
             shared,
             layers,
@@ -190,6 +196,10 @@ impl Engine {
 
     /// Records where the time goes from here on.
     pub fn profile(&mut self, profile: Profile) {
+        if profile.is_wanted() {
+            // Within a launch nobody looks at the time.
+            self.graphs = None;
+        }
         self.shared.profile = profile;
     }
 
@@ -208,6 +218,8 @@ impl Engine {
         for projection in self.layers.iter_mut().flat_map(Layer::projections_mut) {
             projection.refresh_frozen(&self.shared);
         }
+        // Quantised matrices lie elsewhere now.
+        self.graphs.iter_mut().for_each(Graphs::forget);
         self.is_stale = true;
     }
 
@@ -216,10 +228,21 @@ impl Engine {
     pub fn forward_backward(&mut self, rows: &Tensor, scale: f64, place: DropoutPlace) -> Tensor {
         let _guard = tch::no_grad_guard();
         let batch = self.begin(rows, Some(place));
-        let mid = self.forward(&batch, true);
-        let loss = self.loss(&batch, &mid, Some(scale));
-        self.backward(&batch);
-        loss
+        match self.graphs.take() {
+            Some(mut graphs) => {
+                graphs.run(&batch, scale, |batch| self.whole_pass(batch, scale));
+                self.graphs = Some(graphs);
+            }
+            None => self.whole_pass(&batch, scale),
+        }
+        self.summed(&batch)
+    }
+
+    /// Forward and backward. Once its buffers have grown to their sizes it takes no memory, so that it can be recorded.
+    fn whole_pass(&mut self, batch: &Batch, scale: f64) {
+        let mid = self.forward(batch, true);
+        self.loss(batch, &mid, Some(scale));
+        self.backward(batch);
     }
 
     /// The summed cross-entropy of rows (b, t + 1), without dropout, in fp64 on the device.
@@ -227,7 +250,13 @@ impl Engine {
         let _guard = tch::no_grad_guard();
         let batch = self.begin(rows, None);
         let mid = self.forward(&batch, false);
-        self.loss(&batch, &mid, None)
+        self.loss(&batch, &mid, None);
+        self.summed(&batch)
+    }
+
+    /// The sum of the losses of a batch's tokens, in fp64.
+    fn summed(&mut self, batch: &Batch) -> Tensor {
+        self.loss.losses.take(&batch.tokens.size()).sum(Kind::Double)
     }
 
     /// The logits (b·t, v) of tokens (b, t), without dropout, in the sum kind.
@@ -293,9 +322,9 @@ impl Engine {
         (normed, rstd)
     }
 
-    /// The summed loss, in chunks of tokens: all logits together would be the largest thing in memory. With a scale,
-    /// the gradients follow each chunk at once.
-    fn loss(&mut self, batch: &Batch, mid: &Tensor, scale: Option<f64>) -> Tensor {
+    /// The loss of every token, in chunks of tokens: all logits together would be the largest thing in memory. With a
+    /// scale, the gradients follow each chunk at once.
+    fn loss(&mut self, batch: &Batch, mid: &Tensor, scale: Option<f64>) {
         let _span = self.shared.profile.span("loss", "loss");
         let (normed, _) = self.final_norm(mid);
         let num_tokens = normed.size()[0];
@@ -317,7 +346,6 @@ impl Engine {
                 self.head.backward(&normed, &logits, &chunk(dnormed), None, &mut self.shared);
             }
         }
-        losses.sum(Kind::Double)
     }
 
     /// Back through everything before the head, whose gradient the loss has left.

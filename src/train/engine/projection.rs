@@ -224,7 +224,9 @@ impl Projection {
                     let _ = to.shallow_clone().zero_();
                 }
                 (Base::Absent, Some(factors)) => {
-                    copy(&(factors.b.mm(&self.a_of(factors, member.columns)) * factors.factors.scale), &to);
+                    let product = shared.delta.take(&[member.rows, member.columns]);
+                    multiply(&factors.b, &self.a_of(factors, member.columns), &product);
+                    copy(&product.shallow_clone().g_mul_scalar_(factors.factors.scale), &to);
                 }
                 (Base::Frozen { master, quantised }, merged) => {
                     let delta = shared.delta.take(&[member.rows, member.columns]);

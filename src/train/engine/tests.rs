@@ -190,6 +190,40 @@ fn what_is_computed_again_changes_no_bit() {
     }
 }
 
+/// Losses and gradients of micro-batches of several sizes, with an update of the weights and an evaluation in between.
+fn several_passes(spec: &TrainSpec, settings: Settings) -> Vec<Tensor> {
+    let weights = weights(spec);
+    let mut engine = Engine::new(&spec.model, &weights, settings);
+    let rows = rows();
+    let mut results = Vec::new();
+    for (start, len) in [(0, 2), (2, 2), (1, 1), (0, 2), (0, 4), (2, 2), (3, 1)] {
+        results.push(engine.forward_backward(&rows.narrow(0, start, len), 0.125, PLACE));
+        results.extend(weights.groups().map(|group| group.gradients.copy()));
+        if len == 1 {
+            weights.groups().for_each(|group| drop(group.values.shallow_clone().g_mul_scalar_(0.9)));
+            engine.weights_changed();
+            results.push(engine.summed_loss(&rows));
+        }
+    }
+    results
+}
+
+#[test]
+fn passes_launched_as_a_whole_change_no_bit() {
+    let scratch = |mut patch: Value| {
+        patch["memory"] = json!({"merged_weights": "scratch", "recompute": "layers"});
+        patch
+    };
+    for patch in models().into_iter().chain(models().into_iter().map(scratch)) {
+        let spec = spec(patch);
+        let settings = settings(&spec, Kind::Float);
+        let [want, got] = [OpsChoice::GpuKernels, OpsChoice::GpuGraphs]
+            .map(|ops| several_passes(&spec, Settings { ops, ..settings }));
+        assert!(want.iter().zip(&got).all(|(want, got)| want.equal(got)), "{:?}", spec.method);
+        assert_eq!(want.len(), got.len());
+    }
+}
+
 #[test]
 fn the_plan_of_merged_weights_changes_no_bit() {
     let spec = spec(json!({}));

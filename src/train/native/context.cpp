@@ -6,6 +6,8 @@
 
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
 
 // An operation without a deterministic algorithm throws from here on. Must be called before CUDA is used: cuBLAS reads
 // its workspace's setting once.
@@ -24,4 +26,31 @@ extern "C" at::Tensor* relora_page_locked(int64_t len, int8_t scalar_type) {
     } catch (const std::exception&) {
         return nullptr;
     }
+}
+
+// What follows is about the streams and the memory of a GPU, and may be called only where libtorch has one: it reaches
+// its CUDA half through what all kinds of devices have in common, so nothing here is linked with that half.
+
+static c10::Device cuda(int8_t gpu) { return {c10::kCUDA, gpu}; }
+
+static const c10::impl::DeviceGuardImplInterface& streams() { return *c10::impl::getDeviceGuardImpl(c10::kCUDA); }
+
+// The CUstream of this thread.
+extern "C" void* relora_stream(int8_t gpu) noexcept {
+    return streams().getStreamNativeHandle(streams().getStream(cuda(gpu)));
+}
+
+// A stream beside the usual one, by libtorch's number.
+extern "C" int64_t relora_side_stream(int8_t gpu) noexcept {
+    return streams().getStreamFromGlobalPool(cuda(gpu)).id();
+}
+
+// Has the work of this thread go on another stream, and returns the number of the one before.
+extern "C" int64_t relora_exchange_stream(int8_t gpu, int64_t stream) noexcept {
+    return streams().exchangeStream(c10::Stream(c10::Stream::UNSAFE, cuda(gpu), stream)).id();
+}
+
+// How often memory was asked for so far.
+extern "C" int64_t relora_num_allocations(int8_t gpu) noexcept {
+    return c10::getDeviceAllocator(c10::kCUDA)->getDeviceStats(gpu).allocation[0].allocated;
 }

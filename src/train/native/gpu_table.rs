@@ -2,8 +2,9 @@
 //! `kernels`: 0 fp32, 1 fp64, 2 bf16.
 
 use std::{
+    collections::HashMap,
     ffi::{CStr, c_void},
-    sync::OnceLock,
+    sync::{Mutex, OnceLock, PoisonError},
 };
 
 use tch::{Device, Kind, Tensor};
@@ -31,11 +32,21 @@ struct Gpu {
     module: Module,
     device: Device,
     sum_kind: Kind,
+    /// For partial sums, by the number of columns: a recorded launch finds them where they were.
+    partials: Mutex<HashMap<i64, Tensor>>,
 }
 
 impl Gpu {
     fn of<const K: usize>() -> &'static Self {
         GPUS[K].get().expect("the kernels were made ready")
+    }
+
+    /// Has kernels launched that leave partial sums of so many columns, and read them. Whoever is next writes over them on
+    /// the same stream.
+    fn with_partials(&self, width: i64, launch: impl FnOnce(Out)) {
+        let mut partials = self.partials.lock().unwrap_or_else(PoisonError::into_inner);
+        let options = (self.sum_kind, self.device);
+        launch(partials.entry(width).or_insert_with(|| Tensor::empty([NUM_ROW_CHUNKS, width], options)).data_ptr());
     }
 }
 
@@ -51,7 +62,7 @@ pub fn make_ready(kind: usize, device: Device, sum_kind: Kind) -> Result<(), NoC
             ("THREADS", threads.as_str()),
         ];
         let module = Module::compile(index, include_str!("kernels.cu"), &macros, THREADS as u32)?;
-        let _ = GPUS[kind].set(Gpu { module, device, sum_kind });
+        let _ = GPUS[kind].set(Gpu { module, device, sum_kind, partials: Mutex::default() });
     }
     Ok(())
 }
@@ -146,13 +157,11 @@ mod entries {
         if !dweight.is_null() {
             let chunk_rows = divided(rows, NUM_ROW_CHUNKS).max(1);
             let num_chunks = divided(rows, chunk_rows);
-            let gpu = Gpu::of::<K>();
-            // Whoever gets its memory afterwards writes there on the same stream, after this was read.
-            let partials = Tensor::empty([num_chunks, width], (gpu.sum_kind, gpu.device));
-            let address = partials.data_ptr();
-            let of_chunks = arguments![rows, width, chunk_rows, dy, x, rstd, address];
-            over_elements::<K>(c"rms_norm_weight", num_chunks * width, of_chunks);
-            over_elements::<K>(c"add_rows", width, arguments![num_chunks, width, address, dweight]);
+            Gpu::of::<K>().with_partials(width, |partials| {
+                let of_chunks = arguments![rows, width, chunk_rows, dy, x, rstd, partials];
+                over_elements::<K>(c"rms_norm_weight", num_chunks * width, of_chunks);
+                over_elements::<K>(c"add_rows", width, arguments![num_chunks, width, partials, dweight]);
+            });
         }
         over_rows::<K>(c"rms_norm_backward", rows, arguments![width, dy, x, rstd, weight, dx, cast]);
     }

@@ -1,9 +1,12 @@
-//! The only unsafe code: what reaches below tch. Each function is safe to call.
+//! The only unsafe code: what reaches below tch. Each function is safe to call; who launches a `Graph` answers for the
+//! memory that it was recorded over.
 
 mod driver;
 #[cfg(test)]
 mod emulated_gpu;
 mod gpu_table;
+#[cfg(not(test))]
+mod graph;
 pub mod kernels;
 #[cfg(not(test))]
 mod module;
@@ -20,6 +23,10 @@ use memmap2::Mmap;
 use tch::{Kind, Tensor};
 
 pub use driver::Driver;
+#[cfg(test)]
+pub use emulated_gpu::Graph;
+#[cfg(not(test))]
+pub use graph::Graph;
 
 /// Why no GPU can be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

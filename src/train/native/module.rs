@@ -7,7 +7,7 @@ use std::{
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LAZY, Symbol};
 
-use super::{Driver, NoCuda, loaded_library};
+use super::{Driver, NoCuda, graph::current_stream, loaded_library};
 
 /// Attributes of a device, as the driver numbers them.
 const MAJOR: i32 = 75;
@@ -33,6 +33,7 @@ type Launch = unsafe extern "C" fn(
 
 /// Kernels of one source, on one GPU.
 pub struct Module {
+    gpu: i32,
     driver: Driver,
     get_function: GetFunction,
     launch: Launch,
@@ -64,7 +65,7 @@ impl Module {
         let (get_function, launch) = unsafe {
             (*driver.find::<GetFunction>(b"cuModuleGetFunction\0")?, *driver.find::<Launch>(b"cuLaunchKernel\0")?)
         };
-        Ok(Self { driver, get_function, launch, module, threads })
+        Ok(Self { gpu, driver, get_function, launch, module, threads })
     }
 
     /// Puts a kernel on the stream that libtorch uses, over this many blocks.
@@ -77,16 +78,27 @@ impl Module {
     /// the GPU's memory and is large enough.
     #[expect(unsafe_code, reason = "calls the CUDA driver")]
     pub unsafe fn launch(&self, kernel: &CStr, num_blocks: u32, arguments: &mut [*mut c_void]) {
-        let null = std::ptr::null_mut();
-        let mut function = null;
+        let mut function = std::ptr::null_mut();
         // SAFETY: the module is loaded, and the name ends with a zero.
         let status = unsafe { (self.get_function)(&mut function, self.module, kernel.as_ptr()) };
         let found = self.driver.check("cuModuleGetFunction", status);
         let launched = found.and_then(|()| {
-            let arguments = arguments.as_mut_ptr();
-            // SAFETY: the caller's. The stream is the one without a name, which libtorch uses unless it is told otherwise.
+            let (arguments, stream) = (arguments.as_mut_ptr(), current_stream(self.gpu));
+            // SAFETY: the caller's.
             let status = unsafe {
-                (self.launch)(function, num_blocks, 1, 1, self.threads, 1, 1, 0, null, arguments, std::ptr::null_mut())
+                (self.launch)(
+                    function,
+                    num_blocks,
+                    1,
+                    1,
+                    self.threads,
+                    1,
+                    1,
+                    0,
+                    stream,
+                    arguments,
+                    std::ptr::null_mut(),
+                )
             };
             self.driver.check("cuLaunchKernel", status)
         });
