@@ -38,7 +38,7 @@ test: setup lint ## Run every test
 	$(with_libtorch) scripts/with-postgres cargo test --release --locked
 	RELORA_TRAINER="$(relora)-trainer" "$$(scripts/setup-python)" -m pytest -p no:cacheprovider tests
 
-chaos: build ## Prove that the service survives: an hour (CHAOS_FLAGS="--only kill9 --runs 20" and others)
+chaos: build ## Prove that the service survives: 40 minutes (CHAOS_FLAGS="--only kill9 --runs 20" and others)
 	tests/chaos/run --bin-dir "$(CARGO_TARGET_DIR)/release" $(CHAOS_FLAGS)
 
 lint: ## Check formatting and clippy, with and without the trainer

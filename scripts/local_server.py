@@ -1,6 +1,6 @@
 """A `relora serve` of one's own: on a free port, with a data folder that goes when it goes, unless one is named.
 
-Used by scripts/demo, scripts/bench-service and experiments/. Everything that it starts is stopped in
+Used by scripts/demo, scripts/bench-service, experiments/ and the tests. Everything that it starts is stopped in
 `close`, and what then still runs is an error.
 """
 

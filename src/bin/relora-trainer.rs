@@ -7,7 +7,7 @@ mod train;
 use std::process::ExitCode;
 
 use clap::Parser;
-use relora::domain;
+use relora::{config, domain};
 
 fn main() -> ExitCode {
     // Without a reader of its log the trainer still has a state to save: a failed write must not panic.

@@ -1,4 +1,5 @@
-//! Settings: one struct per role, read once at the start. Nothing else in the program reads the environment.
+//! Settings: one struct per role, read once at the start. Nothing else in the program reads the environment, but for the
+//! trainer, which takes two variables in the place of flags.
 //!
 //! Every problem is reported at once, with the variable, what it must be and why the value is not that.
 //! An empty variable counts as unset. `.env.example` lists every variable; a test holds the two together.
@@ -146,8 +147,8 @@ pub struct AgentConfig {
     pub max_outage_s: u64,
     /// `CUDA_VISIBLE_DEVICES`: the GPUs to use, in the driver's own terms. Default: all.
     pub visible_gpus: Option<String>,
-    /// `RELORA_MAX_LOCAL_BYTES`: what may wait on the disk for the store before training is held.
-    /// Default: half of what is free when an attempt begins.
+    /// `RELORA_MAX_LOCAL_BYTES`: what of a running job may wait on the disk for the store before training is held.
+    /// Default: half of what is free when an attempt begins, divided by the number of GPUs.
     pub max_local_bytes: Option<u64>,
     /// `RELORA_CHECKPOINT_LAG_S`: a job's log tells of what has waited for the store for longer. Default 60.
     pub checkpoint_lag_s: u64,
@@ -167,6 +168,11 @@ pub enum LogFormat {
     Text,
     Json,
 }
+
+/// On a GPU, a trainer's own fused kernels in the place of libtorch's operations; it inherits the variable from its worker.
+pub const CUDA_KERNELS: &str = "RELORA_CUDA_KERNELS";
+/// The same with the pass over a micro-batch as one launch of those kernels.
+pub const CUDA_GRAPHS: &str = "RELORA_CUDA_GRAPHS";
 
 const DEFAULT_FILTER: &str = "info,s3s=error,s3s_fs=error,aws_smithy_runtime=error";
 const GIB: u64 = 1 << 30;

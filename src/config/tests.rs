@@ -5,7 +5,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{ClientConfig, ClientFile, LogFormat, Machine, Secret, ServeConfig, WorkerConfig};
+use super::{
+    CUDA_GRAPHS, CUDA_KERNELS, ClientConfig, ClientFile, LogFormat, Machine, Secret, ServeConfig, WorkerConfig,
+};
 
 fn machine() -> Machine {
     Machine {
@@ -50,6 +52,7 @@ fn the_sample_file_names_exactly_the_variables_that_are_read() {
     for foreign in ["HOME", "XDG_DATA_HOME"] {
         assert!(read.borrow_mut().remove(foreign));
     }
+    read.borrow_mut().extend([CUDA_KERNELS, CUDA_GRAPHS].map(str::to_owned));
     assert_eq!(samples().into_keys().collect::<BTreeSet<_>>(), read.into_inner());
 }
 

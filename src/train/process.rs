@@ -28,6 +28,7 @@ use super::{
     state::{LoopState, Phase, StateFile},
     weights::Weights,
 };
+use crate::config;
 use crate::domain::{
     contract::{Command, Event, FORMAT_VERSION, Fingerprint},
     job::FailureKind,
@@ -74,10 +75,10 @@ pub struct Args {
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct OpsArgs {
     /// On a GPU, fused kernels of the trainer's own in the place of libtorch's operations.
-    #[arg(long, env = "RELORA_CUDA_KERNELS", value_parser = FalseyValueParser::new())]
+    #[arg(long, env = config::CUDA_KERNELS, value_parser = FalseyValueParser::new())]
     gpu_kernels: bool,
     /// On a GPU, the pass over a micro-batch as one launch of those kernels.
-    #[arg(long, env = "RELORA_CUDA_GRAPHS", value_parser = FalseyValueParser::new())]
+    #[arg(long, env = config::CUDA_GRAPHS, value_parser = FalseyValueParser::new())]
     gpu_graphs: bool,
 }
 

@@ -6,7 +6,7 @@ use tracing::Instrument;
 use super::{
     Agent,
     lease_keeper::LeaseKeeper,
-    retry::until_written,
+    retry::{SETTLING, long_after, until_written},
     staging,
     tokenize::{TokenizeRequest, Tokenized, TokenizerSource, tokenize},
 };
@@ -56,6 +56,9 @@ async fn run_within(agent: &Agent, lease: &Lease, ingestion: Ingestion, shutdown
             Err(error) => tracing::error!(%error, "could not settle the tokenization"),
         },
         () = keeper.lost() => {}
+        () = long_after(shutdown, SETTLING) => {
+            tracing::warn!("left without having settled the tokenization: its lease has to run out");
+        }
     }
 }
 

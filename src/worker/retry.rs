@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use crate::db::leases::WriteError;
+use crate::{db::leases::WriteError, shutdown::Shutdown};
+
+/// How long a worker that has to go waits for the database to take how its work ended.
+pub const SETTLING: Duration = Duration::from_secs(30);
 
 /// Waits between tries: doubling, up to `MAX`.
 #[derive(Debug)]
@@ -40,6 +43,12 @@ where
             outcome => return outcome,
         }
     }
+}
+
+/// Ends so long after a stop was wished for.
+pub async fn long_after(shutdown: &Shutdown, delay: Duration) {
+    shutdown.wait().await;
+    tokio::time::sleep(delay).await;
 }
 
 /// Whether the database could not be asked, rather than said no.

@@ -4,14 +4,14 @@ use std::{path::Path, sync::OnceLock, time::Duration};
 
 use tokio::{
     sync::watch,
-    time::{Instant, sleep, sleep_until},
+    time::{Instant, sleep_until},
 };
 use tracing::Instrument;
 
 use super::{
     Agent,
     lease_keeper::{LeaseKeeper, Orders, until},
-    retry::until_written,
+    retry::{SETTLING, long_after, until_written},
     staging::{self, UnusableState},
     supervise::Run,
     trainer::{Trainer, TrainerArgs, until_gone},
@@ -28,9 +28,6 @@ use crate::{
     },
     shutdown::Shutdown,
 };
-
-/// How long beyond its grace a worker that has to go tries to settle its work. Then the lease runs out.
-const SETTLING: Duration = Duration::from_secs(30);
 
 /// Runs the attempt, on this GPU if on one, and settles the job. A lost lease ends everything at once and writes nothing.
 pub async fn run(agent: &Agent, lease: &Lease, training: Training, gpu: Option<&str>, shutdown: &Shutdown) {
@@ -79,11 +76,6 @@ async fn run_within(agent: &Agent, lease: &Lease, training: Training, gpu: Optio
         Ok(end) => tracing::info!(?end, "attempt ended"),
         Err(error) => tracing::error!(%error, "could not settle the job"),
     }
-}
-
-async fn long_after(shutdown: &Shutdown, delay: Duration) {
-    shutdown.wait().await;
-    sleep(delay).await;
 }
 
 /// Where an attempt runs.

@@ -11,7 +11,7 @@ use super::{
     Agent,
     lease_keeper::LeaseKeeper,
     rebuild::{RebuildArgs, rebuild},
-    retry::until_written,
+    retry::{SETTLING, long_after, until_written},
     staging,
 };
 use crate::{
@@ -56,6 +56,9 @@ async fn run_within(agent: &Agent, lease: &Lease, task: Task, shutdown: &Shutdow
             Err(error) => tracing::error!(%error, "could not settle the task"),
         },
         () = keeper.lost() => {}
+        () = long_after(shutdown, SETTLING) => {
+            tracing::warn!("left without having settled the task: its lease has to run out");
+        }
     }
 }
 
