@@ -28,13 +28,15 @@ use super::{
     state::{LoopState, Phase, StateFile},
     weights::Weights,
 };
-use crate::config;
-use crate::domain::{
-    contract::{Command, Event, FORMAT_VERSION, Fingerprint},
-    job::FailureKind,
-    memory,
-    schedule::Schedule,
-    spec::{Choices, Device, MethodSpec, TrainSpec},
+use crate::{
+    config,
+    domain::{
+        contract::{Command, Event, FORMAT_VERSION, Fingerprint},
+        job::FailureKind,
+        memory,
+        schedule::Schedule,
+        spec::{Choices, Device, MethodSpec, TrainSpec},
+    },
 };
 
 /// Trains one job: reads its spec and data from files, writes nodes into a directory, reports on stdout.
