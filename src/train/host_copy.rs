@@ -1,5 +1,5 @@
-//! Copies between the memory of the host and that of the device, which a GPU makes by itself where its driver has locked
-//! the host's side in place: several times as fast, and without the processor.
+//! Copies between the memory of the host and that of the device. A GPU makes them by itself where its driver has locked
+//! the host's side in place; else they go through memory of the driver's.
 
 use std::sync::Once;
 

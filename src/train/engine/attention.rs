@@ -5,7 +5,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Batch, scratch::Scratch};
+use super::{Batch, scratch::Scratch, shared::copy};
 use crate::train::ops::{Ops, sum_kind};
 
 /// How the heads of a model are cut.
@@ -200,8 +200,4 @@ impl Heads {
             }
         }
     }
-}
-
-fn copy(from: &Tensor, to: &Tensor) {
-    to.shallow_clone().copy_(from);
 }

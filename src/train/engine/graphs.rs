@@ -3,9 +3,9 @@
 
 use std::collections::HashMap;
 
-use tch::{Device, Tensor};
+use tch::Device;
 
-use super::{Batch, scratch};
+use super::{Batch, scratch, shared::copy};
 use crate::train::native::Graph;
 
 /// The passes that have been recorded.
@@ -70,13 +70,9 @@ impl Graphs {
     }
 }
 
-fn copy(from: &Tensor, to: &Tensor) {
-    to.shallow_clone().copy_(from);
-}
-
 #[cfg(test)]
 mod tests {
-    use tch::Kind;
+    use tch::{Kind, Tensor};
 
     use super::{super::scratch::Scratch, *};
 

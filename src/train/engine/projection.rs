@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 
 use super::{
     quantised::Quantised,
-    shared::{Shared, multiply},
+    shared::{Shared, copy, multiply},
 };
 use crate::{
     domain::spec::{FrozenWeights, MergedPlan},
@@ -371,10 +371,6 @@ impl Projection {
             None => x.shallow_clone(),
         }
     }
-}
-
-fn copy(from: &Tensor, to: &Tensor) {
-    to.shallow_clone().copy_(from);
 }
 
 /// The tensor itself, or one like it in another kind.

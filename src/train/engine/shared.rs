@@ -72,3 +72,8 @@ impl Shared {
 pub fn multiply(left: &Tensor, right: &Tensor, out: &Tensor) {
     let _ = left.mm_out(out, right);
 }
+
+/// to = from, in the kind of `to`.
+pub fn copy(from: &Tensor, to: &Tensor) {
+    to.shallow_clone().copy_(from);
+}
