@@ -27,7 +27,7 @@ mod trainer {
 
     /// Once per instruction set: the trainer chooses when it starts. Only the trainer is linked with them.
     fn compile_kernels() {
-        for file in ["kernels.cpp", "kernels.h", "kernels.cu", "emulated_gpu.cpp", "context.cpp"] {
+        for file in ["kernels.cpp", "kernels.h", "attention.h", "kernels.cu", "emulated_gpu.cpp", "context.cpp"] {
             println!("cargo::rerun-if-changed={NATIVE}/{file}");
         }
         // A product and a sum may be one operation; nothing else is allowed to change what is computed.
@@ -35,6 +35,7 @@ mod trainer {
         if env::var("CARGO_CFG_TARGET_ARCH").is_ok_and(|arch| arch == "x86_64") {
             compile("avx2", &["-march=x86-64-v3"]);
             compile("avx512", &["-march=x86-64-v4", "-mprefer-vector-width=512"]);
+            compile("avx512_bf16", &["-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16"]);
         }
     }
 

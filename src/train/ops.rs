@@ -131,6 +131,14 @@ impl Ops {
         }
     }
 
+    /// What computes attention as a whole; else it is products, with `causal_softmax` between them.
+    pub fn attention_kernels(&self) -> Option<&Kernels> {
+        match self {
+            Self::Kernels(kernels) if kernels.has_attention() => Some(kernels),
+            _ => None,
+        }
+    }
+
     pub fn causal_softmax(&self, scores: &Tensor, scale: f64, probabilities: &Tensor) {
         match self {
             Self::Kernels(kernels) => kernels.causal_softmax(scores, scale, probabilities),

@@ -19,8 +19,6 @@ const TRAINED_BYTES: i64 = 16;
 const FP32_BYTES: i64 = 4;
 /// Tokens whose logits are there at once.
 const LOSS_CHUNK_TOKENS: i64 = 1_024;
-/// Up to this length the CPU keeps the probabilities of attention; a GPU keeps them at any.
-const MAX_PRODUCTS_LENGTH: i64 = 512;
 /// Elements of an NF4 block, which share a scale.
 const NF4_BLOCK: i64 = 64;
 
@@ -33,7 +31,7 @@ pub struct MemoryNeeds {
     pub low_rank: WeightBytes,
     /// What the backward pass of a micro-batch finds kept.
     pub activations: i64,
-    /// The probabilities of attention, and the scores of one layer.
+    /// The probabilities of attention, and the scores of one layer: on a GPU alone.
     pub probabilities: i64,
     /// What a layer uses while it is computed.
     pub transient: i64,
@@ -98,8 +96,7 @@ impl MemoryNeeds {
     /// All of it that lies in the device's memory at once. Beside a GPU the master of quantised weights does not.
     pub fn bytes_on(&self, device: Device) -> i64 {
         let phases = [self.full_rank, self.low_rank].map(|phase| phase.bytes_on(device));
-        let keeps_probabilities = device == Device::Cuda || self.sequence_length <= MAX_PRODUCTS_LENGTH;
-        let probabilities = if keeps_probabilities { self.probabilities } else { 0 };
+        let probabilities = if device == Device::Cuda { self.probabilities } else { 0 };
         let parts = [self.activations, probabilities, self.transient, self.logits];
         let of_batch = parts.into_iter().fold(0, i64::saturating_add);
         phases.into_iter().max().unwrap_or(0).saturating_add(of_batch)

@@ -71,7 +71,7 @@ impl Kept {
             mid: Scratch::new(sums),
             rstds: [Scratch::new(sums), Scratch::new(sums)],
             qkv: Scratch::new(products),
-            attended: Attended::new(products),
+            attended: Attended::new(products, sums),
             gate_up: Scratch::new(products),
             normed: [Scratch::new(products), Scratch::new(products)],
             product: Scratch::new(products),

@@ -15,7 +15,7 @@ mod tests;
 
 use tch::{Device, Kind, Tensor};
 
-use attention::{Attention, Heads};
+use attention::Attention;
 use graphs::Graphs;
 use layer::{GradientStream, Kept, Layer, Norm, Pass};
 use projection::{Padded, Projection};
@@ -24,7 +24,7 @@ use shared::Shared;
 
 use super::{
     model::{EMBEDDING, HEAD, linear_path},
-    native::kernels::MaskPlace,
+    native::kernels::{Heads, MaskPlace},
     ops::{Ops, OpsChoice, sum_kind},
     profile::Profile,
     weights::{Place, Weights},
@@ -38,10 +38,6 @@ const LOSS_CHUNK_TOKENS: i64 = 1_024;
 /// take up to half as long again (docs/performance.md).
 const PADDING: i64 = 16;
 
-/// Up to this length, products of whole matrices and a softmax between are quicker on the CPU than libtorch's flash
-/// attention, and their probabilities are small beside the other activations.
-const MAX_PRODUCTS_LENGTH: i64 = 512;
-
 /// How the engine computes, beside what.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
@@ -52,8 +48,6 @@ pub struct Settings {
     pub dropout: f64,
     /// Sizes of matrices are rounded up to a multiple of this.
     pub padding: i64,
-    /// Sequences longer than this go through libtorch's flash attention, where there is one.
-    pub max_products_length: i64,
     pub ops: OpsChoice,
 }
 
@@ -69,7 +63,6 @@ impl Settings {
             frozen_weights: FrozenWeights::Full,
             dropout: 0.0,
             padding: PADDING,
-            max_products_length: MAX_PRODUCTS_LENGTH,
             ops: OpsChoice::Proven,
         }
     }
@@ -167,12 +160,7 @@ impl Engine {
             head: head(spec, weights, &shared),
             vocab_size: spec.vocab_size,
             recompute: settings.recompute,
-            pass: Pass::new(
-                Attention::new(heads, settings.max_products_length, products),
-                settings.recompute,
-                rotary(spec, sums),
-                products,
-            ),
+            pass: Pass::new(Attention::new(heads, products), settings.recompute, rotary(spec, sums), products),
             inputs: (0..=layers.len()).map(|_| Scratch::new(sums)).collect(),
             kept: (0..num_kept).map(|_| Kept::new(products, sums)).collect(),
             passing: Kept::new(products, sums),

@@ -59,7 +59,6 @@ fn every_setting(base: Settings) -> Vec<Settings> {
         all.push(Settings { recompute, padding: 7, ..base });
     }
     all.push(Settings { padding: 1, plan: MergedPlan::Scratch, ..base });
-    all.push(Settings { max_products_length: 0, ..base });
     all
 }
 

@@ -105,8 +105,6 @@ const fn table<const K: usize>() -> Table {
         rms_norm: entries::rms_norm::<K>,
         rms_norm_backward: entries::rms_norm_backward::<K>,
         rotate: entries::rotate::<K>,
-        causal_softmax: entries::causal_softmax::<K>,
-        causal_softmax_backward: entries::causal_softmax_backward::<K>,
         swiglu: entries::swiglu::<K>,
         swiglu_backward: entries::swiglu_backward::<K>,
         cross_entropy: entries::cross_entropy::<K>,
@@ -118,6 +116,11 @@ const fn table<const K: usize>() -> Table {
         dropout: entries::dropout::<K>,
         adamw: entries::adamw::<K>,
         square_sum: entries::square_sum::<K>,
+        attention_bytes: None,
+        attention: None,
+        attention_backward: None,
+        causal_softmax: Some(entries::causal_softmax::<K>),
+        causal_softmax_backward: Some(entries::causal_softmax_backward::<K>),
     }
 }
 

@@ -10,6 +10,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #include "kernels.h"
 
@@ -200,51 +203,7 @@ void rotate(int threads, int64_t rows, int64_t row_width, int64_t seq_len, int64
     });
 }
 
-// --- Attention ---
-
-// probabilities = softmax(scale · scores) of square matrices, row i of which sees its columns up to i; the rest is 0.
-template <class T>
-void causal_softmax(int threads, int64_t rows, int64_t width, const void* scores_, double scale_, void* probabilities_) {
-    using S = Sum<T>;
-    const S* all_scores = (const S*)scores_;
-    T* all_probabilities = (T*)probabilities_;
-    S scale = S(scale_);
-    parallel_for(rows, 2 * width, threads, [=](int64_t row) {
-        const S* scores = all_scores + row * width;
-        T* probabilities = all_probabilities + row * width;
-        int64_t seen = row % width + 1;
-        S largest = scores[0];
-#pragma omp simd reduction(max : largest)
-        for (int64_t i = 0; i < seen; ++i) largest = scores[i] > largest ? scores[i] : largest;
-        S sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < seen; ++i) sum += exp_of((scores[i] - largest) * scale);
-        S share = S(1) / sum;
-#pragma omp simd
-        for (int64_t i = 0; i < seen; ++i) store(probabilities[i], exp_of((scores[i] - largest) * scale) * share);
-        for (int64_t i = seen; i < width; ++i) store(probabilities[i], S(0));
-    });
-}
-
-// Replaces the gradients of the probabilities by those of the scores: scale · p (dp - sum of p dp).
-template <class T>
-void causal_softmax_backward(int threads, int64_t rows, int64_t width, const void* probabilities_, double scale,
-                             void* gradients_) {
-    using S = Sum<T>;
-    const T* all_probabilities = (const T*)probabilities_;
-    T* all_gradients = (T*)gradients_;
-    parallel_for(rows, 2 * width, threads, [=](int64_t row) {
-        const T* p = all_probabilities + row * width;
-        T* dp = all_gradients + row * width;
-        int64_t seen = row % width + 1;
-        S dot = 0;
-#pragma omp simd reduction(+ : dot)
-        for (int64_t i = 0; i < seen; ++i) dot += load(p[i]) * load(dp[i]);
-#pragma omp simd
-        for (int64_t i = 0; i < seen; ++i) store(dp[i], S(scale) * load(p[i]) * (load(dp[i]) - dot));
-        for (int64_t i = seen; i < width; ++i) store(dp[i], S(0));
-    });
-}
+#include "attention.h"
 
 // --- SwiGLU ---
 
@@ -500,8 +459,6 @@ template <class T> constexpr relora_kernels table() {
     return {rms_norm<T>,
             rms_norm_backward<T>,
             rotate<T>,
-            causal_softmax<T>,
-            causal_softmax_backward<T>,
             swiglu<T>,
             swiglu_backward<T>,
             cross_entropy<T>,
@@ -512,7 +469,12 @@ template <class T> constexpr relora_kernels table() {
             accumulate<T>,
             dropout<T>,
             adamw<T>,
-            square_sum<T>};
+            square_sum<T>,
+            attention_bytes<T>,
+            attention<T>,
+            attention_backward<T>,
+            nullptr,
+            nullptr};
 }
 
 constexpr relora_kernels tables[] = {table<float>(), table<double>(), table<bf16>()};
