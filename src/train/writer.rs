@@ -18,7 +18,7 @@ use std::{
 use serde_json::Value;
 use tch::Tensor;
 
-use super::{error::TrainError, events::Events, tensor_file};
+use super::{error::TrainError, events::Events, native, tensor_file};
 use crate::domain::{
     contract::{Event, NodeFile, NodeReport},
     job::FailureKind,
@@ -80,6 +80,8 @@ impl Writer {
         let thread = thread::spawn(move || {
             for node in queue {
                 let report = write_node(&out_dir, node)?;
+                // The copies of a node may be as large as the model.
+                native::give_back_memory();
                 events.emit(&Event::Node(report));
             }
             Ok(())

@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 
 use super::{
     quantised::Quantised,
-    shared::{Shared, copy, multiply},
+    shared::{Shared, add_product, copy, multiply},
 };
 use crate::{
     domain::spec::{FrozenWeights, MergedPlan},
@@ -272,12 +272,9 @@ impl Projection {
             let low = shared.low.take(&[x.size()[0], factors.rank]);
             multiply(&x, &self.a_of(factors, self.inputs).tr(), &low);
             let _ = low.shallow_clone().g_mul_scalar_(factors.factors.scale);
-            let mut y = y.narrow(1, member.start, member.rows);
-            if matches!(member.base, Base::Absent) {
-                multiply(&low, &factors.b.tr(), &y);
-            } else {
-                let _ = y.addmm_(&low, &factors.b.tr());
-            }
+            let y = y.narrow(1, member.start, member.rows);
+            let write = if matches!(member.base, Base::Absent) { multiply } else { add_product };
+            write(&low, &factors.b.tr(), &y);
         }
     }
 
@@ -345,9 +342,7 @@ impl Projection {
                     let place = MaskPlace { matrix: member.number, ..place };
                     shared.ops.dropout((&input, member.columns), 1.0 - shared.dropout, place, true, dx);
                 }
-                None => {
-                    let _ = dx.shallow_clone().addmm_(&dlow, &a);
-                }
+                None => add_product(&dlow, &a, dx),
             }
         }
     }

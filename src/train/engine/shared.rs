@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 use super::{Settings, scratch::Scratch};
 use crate::{
     domain::spec::{FrozenWeights, MergedPlan},
-    train::{ops::Ops, profile::Profile},
+    train::{native, ops::Ops, profile::Profile},
 };
 
 /// The operations, the settings, and memory for what does not outlive a product.
@@ -59,7 +59,7 @@ impl Shared {
     /// sum += left · right, in the kind of the sum.
     pub fn add_product(&mut self, left: &Tensor, right: &Tensor, sum: &Tensor) {
         if sum.kind() == self.product_kind {
-            let _ = sum.shallow_clone().addmm_(left, right);
+            add_product(left, right, sum);
         } else {
             let product = self.gradient.take(&sum.size());
             multiply(left, right, &product);
@@ -70,7 +70,16 @@ impl Shared {
 
 /// out = left · right.
 pub fn multiply(left: &Tensor, right: &Tensor, out: &Tensor) {
-    let _ = left.mm_out(out, right);
+    if !native::onednn_multiply(left, right, out, false) {
+        let _ = left.mm_out(out, right);
+    }
+}
+
+/// sum += left · right, all of one kind.
+pub fn add_product(left: &Tensor, right: &Tensor, sum: &Tensor) {
+    if !native::onednn_multiply(left, right, sum, true) {
+        let _ = sum.shallow_clone().addmm_(left, right);
+    }
 }
 
 /// to = from, in the kind of `to`.

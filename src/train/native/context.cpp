@@ -1,10 +1,12 @@
-// What reaches libtorch's settings and memory where tch does not.
+// What reaches libtorch's settings, products and memory where tch does not.
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <exception>
 
 #include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -16,6 +18,24 @@ extern "C" void relora_use_deterministic_algorithms() {
     at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false);
     // Everything that is read has been written: filling new tensors would only cost time.
     at::globalContext().setDeterministicFillUninitializedMemory(false);
+}
+
+// libtorch exports it, and its headers leave it out. result = beta · result + alpha · left right, by oneDNN.
+namespace at::native {
+void mkldnn_matmul(const Tensor& left, const Tensor& right, const Tensor& result, float beta, float alpha);
+}
+
+extern "C" int relora_has_onednn() { return at::globalContext().hasMKLDNN() && at::globalContext().userEnabledMkldnn(); }
+
+// out = left right, or += with `adds`. Returns whether it could be computed.
+extern "C" int relora_onednn_multiply(const at::Tensor* left, const at::Tensor* right, const at::Tensor* out, int adds) {
+    try {
+        at::native::mkldnn_matmul(*left, *right, *out, adds ? 1.0f : 0.0f, 1.0f);
+        return true;
+    } catch (const std::exception& error) {
+        fprintf(stderr, "%s\n", error.what());
+        return false;
+    }
 }
 
 // A flat tensor in page-locked memory of the host, for whoever calls to own; null where there is no such memory.

@@ -17,6 +17,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     slice,
+    sync::LazyLock,
 };
 
 use memmap2::Mmap;
@@ -75,6 +76,8 @@ fn loaded_library(name: &str) -> Option<PathBuf> {
 unsafe extern "C" {
     fn relora_use_deterministic_algorithms();
     fn relora_page_locked(len: i64, scalar_type: i8) -> *mut c_void;
+    fn relora_has_onednn() -> i32;
+    fn relora_onednn_multiply(left: *const c_void, right: *const c_void, out: *const c_void, adds: i32) -> i32;
 }
 
 /// Lets libtorch's operations on a GPU take deterministic algorithms alone; one that has none panics. Must be called
@@ -85,6 +88,48 @@ pub fn use_deterministic_algorithms() {
     unsafe {
         relora_use_deterministic_algorithms();
     }
+}
+
+/// Gives memory that was freed back to the system. The C library keeps it otherwise, in pieces that large tensors do not
+/// fit in.
+pub fn give_back_memory() {
+    #[cfg(target_env = "gnu")]
+    {
+        #[expect(unsafe_code, reason = "of the C library")]
+        unsafe extern "C" {
+            safe fn malloc_trim(pad: usize) -> i32;
+        }
+        malloc_trim(0);
+    }
+}
+
+/// out = left · right, or with `adds` +=, by oneDNN, and whether it was done: of matrices in fp32 in host memory, both of
+/// which lie there whole, as they are or transposed. libtorch multiplies them by MKL, which is slower on some processors
+/// (docs/performance.md); of parts of rows oneDNN makes copies, and then it is slower itself.
+///
+/// # Panics
+/// If sizes do not fit.
+pub fn onednn_multiply(left: &Tensor, right: &Tensor, out: &Tensor, adds: bool) -> bool {
+    static HAS_ONEDNN: LazyLock<bool> = LazyLock::new(|| {
+        // SAFETY: it reads a setting.
+        #[expect(unsafe_code, reason = "calls context.cpp")]
+        unsafe {
+            relora_has_onednn() != 0
+        }
+    });
+    let is_fp32 = |x: &Tensor| x.kind() == Kind::Float && x.device() == tch::Device::Cpu && x.dim() == 2;
+    let is_whole = |x: &Tensor| x.is_contiguous() || x.tr().is_contiguous();
+    if !([left, right, out].into_iter().all(is_fp32) && is_whole(left) && is_whole(right) && *HAS_ONEDNN) {
+        return false;
+    }
+    // SAFETY: tch's tensors are libtorch's, which checks their sizes.
+    #[expect(unsafe_code, reason = "calls context.cpp")]
+    let is_done = unsafe {
+        let [left, right, out] = [left, right, out].map(|x| x.as_ptr().cast::<c_void>());
+        relora_onednn_multiply(left, right, out, i32::from(adds)) != 0
+    };
+    assert!(is_done, "no product of {left:?} and {right:?} in {out:?}");
+    true
 }
 
 /// A flat tensor of fp32 or Int64 in page-locked memory of the host, which a GPU reads and writes by itself. None where
