@@ -194,8 +194,8 @@ template <class T> struct AttentionSpace {
     Cell<T> *p, *ds, *pairs;          // (queries of a tile, keys)
     Cell<T> *by_element[2], *by_key;  // all keys or values
 
-    // Lies from `at` on, which is left behind its end.
-    AttentionSpace(int64_t t, int64_t d, char*& at)
+    // Lies from the address `at` on, which is left behind its end.
+    AttentionSpace(int64_t t, int64_t d, uintptr_t& at)
         : keys(round_up(t, TILE_COLUMNS<T>)), width(round_up(d, TILE_COLUMNS<T>)) {
         take(at, TILE_QUERIES * keys, scores, dp);
         take(at, TILE_QUERIES * width, mixed);
@@ -206,15 +206,15 @@ template <class T> struct AttentionSpace {
     }
 
     // Arrays of this length.
-    template <class... X> static void take(char*& at, int64_t len, X*&... arrays) {
+    template <class... X> static void take(uintptr_t& at, int64_t len, X*&... arrays) {
         ((arrays = (X*)at, at += round_up(len * int64_t(sizeof(X)), 64)), ...);
     }
 };
 
 template <class T> int64_t attention_bytes(int64_t t, int64_t d) {
-    char* at = nullptr;
-    AttentionSpace<T>(t, d, at);
-    return int64_t((uintptr_t)at);
+    uintptr_t end = 0;
+    AttentionSpace<T>(t, d, end);
+    return int64_t(end);
 }
 
 // Calls f(space, sequence, group) for every group of query heads that share keys and values.
@@ -222,7 +222,7 @@ template <class T, class F> void for_each_group(int threads, const relora_heads*
     int64_t length = h->length, dim = h->dim, groups = h->key_values, tasks = h->seqs * groups;
     int64_t bytes = attention_bytes<T>(length, dim);
     parallel_for(threads, tasks * length * length * dim, threads, [=](int64_t thread) {
-        char* at = (char*)memory + thread * bytes;
+        uintptr_t at = uintptr_t(memory) + thread * bytes;
         AttentionSpace<T> space(length, dim, at);
         for (int64_t task = thread * tasks / threads; task < (thread + 1) * tasks / threads; ++task)
             f(space, task / groups, task % groups);
