@@ -1,4 +1,4 @@
-//! The operations of a training step that no matrix product does, each over buffers that are there already.
+//! The operations of a training step that libtorch's matrix products do not do, each over buffers that are there already.
 //!
 //! On the CPU they are the fused kernels of `native`, and on a GPU if that is asked for; else the same is said in
 //! operations of libtorch, which the tests run beside the kernels. Shapes and kinds are those that `native::kernels`

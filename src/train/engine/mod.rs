@@ -4,6 +4,7 @@
 //! the product kind; norms, rotations, the residual stream, the loss and all gradients of parameters in the sum kind.
 
 mod attention;
+mod attention_products;
 mod graphs;
 mod layer;
 mod projection;

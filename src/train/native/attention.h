@@ -60,7 +60,8 @@ inline Vector<float> multiply_add(const bf16* left, const bf16* right, Vector<fl
 #endif
 
 // c (m, n) = a b, or with `adds` +=, over so many pairs. b lies in panels of TILE_COLUMNS columns, each (panel_pairs,
-// columns, PAIR). Rows and columns are rounded up to whole tiles.
+// columns, PAIR). Rows and columns are rounded up to whole tiles: what lies there may be anything, as it reaches only
+// rows and columns of c that nobody reads. What is summed over must be there, or be zero.
 template <class T>
 void product(int64_t m, int64_t n, int64_t pairs, Left<T> a, const Cell<T>* b, int64_t panel_pairs, bool adds,
              Sum<T>* c, int64_t c_row) {
@@ -101,20 +102,18 @@ inline void set_cell(float& to, bf16 x) { to = load(x); }
 inline void set_cell(bf16& to, bf16 x) { to = x; }
 inline void set_cell(bf16& to, float x) { store(to, x); }
 
-// Rows of a head (rows, d) as the left side of a product over their elements. Those up to the next whole tile are zero.
+// Rows of a head (rows, d) as the left side of a product over their elements.
 template <class T> Left<T> pack_left(int64_t rows, int64_t d, const T* x, int64_t x_row, Cell<T>* to) {
     for (int64_t i = 0; i < rows; ++i) {
 #pragma omp simd
         for (int64_t k = 0; k < d; ++k) set_cell(to[i * d + k], x[i * x_row + k]);
     }
-    memset((void*)(to + rows * d), 0, sizeof(Cell<T>) * (round_up(rows, TILE_ROWS) - rows) * d);
     return {to, d / PAIR<T>, 1};
 }
 
 // The same as the right side of such a product: column j is row j.
 template <class T> void pack_transposed(int64_t rows, int64_t d, const T* x, int64_t x_row, Cell<T>* to) {
     constexpr int64_t columns = TILE_COLUMNS<T>;
-    if (rows % columns) memset((void*)(to + rows / columns * columns * d), 0, sizeof(Cell<T>) * columns * d);
     for (int64_t j = 0; j < rows; ++j) {
         Cell<T>* column = to + j / columns * columns * d + j % columns * PAIR<T>;
         const T* row = x + j * x_row;
@@ -159,7 +158,6 @@ template <class T> void pack_right(int64_t rows, int64_t d, const T* x, int64_t 
 #pragma omp simd
                 for (int64_t i = 0; i < width; ++i) set_cell(step[i], from[i]);
             }
-            for (int64_t i = width * PAIR<T>; i < columns * PAIR<T>; ++i) set_cell(step[i], Sum<T>(0));
         }
     }
 }
@@ -189,8 +187,8 @@ template <class T> void store_rows(int64_t rows, int64_t d, const Sum<T>* x, int
 template <class T> struct AttentionSpace {
     int64_t keys, width;              // t and d, in whole tiles
     Sum<T> *scores, *dp;              // (queries of a tile, keys)
-    Sum<T> *mixed, *dk, *dv;          // (queries or keys, width)
-    Cell<T> *left, *right[2];         // a tile of queries, or of their gradients
+    Sum<T> *mixed, *dk, *dv;          // (queries or keys, width); mixed holds the gradients of queries, too
+    Cell<T> *left, *right[2];         // a tile of queries, or of the gradients of what they mixed
     Cell<T> *p, *ds, *pairs;          // (queries of a tile, keys)
     Cell<T> *by_element[2], *by_key;  // all keys or values
 
@@ -221,7 +219,7 @@ template <class T> int64_t attention_bytes(int64_t t, int64_t d) {
 template <class T, class F> void for_each_group(int threads, const relora_heads* h, void* memory, const F& f) {
     int64_t length = h->length, dim = h->dim, groups = h->key_values, tasks = h->seqs * groups;
     int64_t bytes = attention_bytes<T>(length, dim);
-    parallel_for(threads, tasks * length * length * dim, threads, [=](int64_t thread) {
+    parallel_for(threads, tasks * length * length * dim / threads, threads, [=](int64_t thread) {
         uintptr_t at = uintptr_t(memory) + thread * bytes;
         AttentionSpace<T> space(length, dim, at);
         for (int64_t task = thread * tasks / threads; task < (thread + 1) * tasks / threads; ++task)

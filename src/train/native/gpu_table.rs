@@ -15,7 +15,7 @@ use super::emulated_gpu::Module;
 use super::module::Module;
 use super::{
     NoCuda,
-    kernels::{AdamwSettings, In, NUM_PARTIALS, Out, Table},
+    table::{AdamwSettings, In, NUM_PARTIALS, Out, Table},
 };
 
 /// Threads of a block. The emulation gets along with few.

@@ -1,10 +1,10 @@
-// The fused row kernels of a training step on the CPU: what libtorch does in several passes over memory is done in one.
+// The fused kernels of a training step on the CPU: what libtorch does in several passes over memory is done in one.
 //
 // build.rs compiles this file once per instruction set. Everything but the table lies in an unnamed namespace and uses
 // no template of the standard library, so that the linker never takes a function made for one set for another's.
 //
 // T is what matrix products read and write (float, double or bf16), Sum what is accumulated: float, or double for
-// double. Tensors are contiguous, rows after rows. Work is divided by rows or by blocks of a fixed size, and what
+// double. Tensors are contiguous, rows after rows. Work is divided by rows, by heads or by blocks of a fixed size, and what
 // blocks leave is added in their order: results do not depend on the number of threads.
 
 #include <cmath>

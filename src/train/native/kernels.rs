@@ -4,130 +4,15 @@
 //! In shapes: n rows (the tokens of a micro-batch), w elements of a row. "Sum kind" is fp32, or fp64 where products are
 //! in fp64; "product kind" is what matrix products read and write.
 
-use std::ffi::c_void;
-
 use tch::{Device, Kind, Tensor};
 
-use super::{NoCuda, gpu_table};
+use super::{
+    NoCuda, gpu_table,
+    table::{self, In, NUM_PARTIALS, Out, Table},
+};
 use crate::train::random::Purpose;
 
-/// The settings of one AdamW update; corrections are 1 - beta^t.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub struct AdamwSettings {
-    pub learning_rate: f64,
-    pub beta1: f64,
-    pub beta2: f64,
-    pub eps: f64,
-    pub weight_decay: f64,
-    pub correction1: f64,
-    pub correction2: f64,
-    pub gradient_scale: f64,
-}
-
-/// How the heads of a model are cut: several of the queries may share one of keys and values.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub struct Heads {
-    pub num_query: i64,
-    pub num_key_value: i64,
-    pub dim: i64,
-}
-
-/// `relora_heads` of kernels.h: those of a micro-batch.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub struct BatchHeads {
-    pub num_seqs: i64,
-    pub length: i64,
-    pub heads: Heads,
-}
-
-impl BatchHeads {
-    /// How many elements queries, keys and values have together.
-    fn qkv_len(&self) -> i64 {
-        self.num_seqs * self.length * (self.heads.num_query + 2 * self.heads.num_key_value) * self.heads.dim
-    }
-
-    /// How many softmax sums there are.
-    fn num_rows(&self) -> i64 {
-        self.num_seqs * self.length * self.heads.num_query
-    }
-}
-
-pub(super) type In = *const c_void;
-pub(super) type Out = *mut c_void;
-
-/// `relora_kernels` of kernels.h.
-#[repr(C)]
-pub(super) struct Table {
-    pub rms_norm: unsafe extern "C-unwind" fn(i32, i64, i64, In, In, In, f64, Out, Out, Out),
-    pub rms_norm_backward: unsafe extern "C-unwind" fn(i32, i64, i64, In, In, In, In, Out, Out, Out),
-    pub rotate: unsafe extern "C-unwind" fn(i32, i64, i64, i64, i64, i64, Out, In, In, i32),
-    pub swiglu: unsafe extern "C-unwind" fn(i32, i64, i64, In, Out),
-    pub swiglu_backward: unsafe extern "C-unwind" fn(i32, i64, i64, In, Out),
-    pub cross_entropy: unsafe extern "C-unwind" fn(i32, i64, i64, i64, Out, In, f64, Out),
-    pub embedding_backward: unsafe extern "C-unwind" fn(i32, i64, i64, In, In, Out),
-    pub add_scaled: unsafe extern "C-unwind" fn(i32, i64, In, In, f64, Out),
-    pub add_scaled_int8: unsafe extern "C-unwind" fn(i32, i64, i64, In, In, In, f64, Out),
-    pub add_scaled_nf4: unsafe extern "C-unwind" fn(i32, i64, In, In, In, In, f64, Out),
-    pub accumulate: unsafe extern "C-unwind" fn(i32, i64, In, Out),
-    pub dropout: unsafe extern "C-unwind" fn(i32, i64, i64, i64, i64, In, f64, u64, u32, u32, i32, Out),
-    pub adamw: unsafe extern "C-unwind" fn(i32, i64, i64, Out, In, Out, Out, *const AdamwSettings),
-    pub square_sum: unsafe extern "C-unwind" fn(i32, i64, In, Out),
-    // A table has the first three, or the last two.
-    pub attention_bytes: Option<unsafe extern "C-unwind" fn(i64, i64) -> i64>,
-    pub attention: Option<unsafe extern "C-unwind" fn(i32, *const BatchHeads, In, f64, Out, Out, Out)>,
-    pub attention_backward: Option<unsafe extern "C-unwind" fn(i32, *const BatchHeads, In, In, In, f64, Out, Out)>,
-    pub causal_softmax: Option<unsafe extern "C-unwind" fn(i32, i64, i64, In, f64, Out)>,
-    pub causal_softmax_backward: Option<unsafe extern "C-unwind" fn(i32, i64, i64, In, f64, Out)>,
-}
-
-#[expect(unsafe_code, reason = "kernels.cpp, compiled once per instruction set")]
-unsafe extern "C" {
-    fn relora_kernels_baseline() -> *const [Table; 3];
-    #[cfg(target_arch = "x86_64")]
-    fn relora_kernels_avx2() -> *const [Table; 3];
-    #[cfg(target_arch = "x86_64")]
-    fn relora_kernels_avx512() -> *const [Table; 3];
-    #[cfg(target_arch = "x86_64")]
-    fn relora_kernels_avx512_bf16() -> *const [Table; 3];
-}
-
-/// The tables for float, double and bf16 of every instruction set that this processor has, the best at the end.
-fn tables() -> Vec<&'static [Table; 3]> {
-    // SAFETY: each function returns the address of a constant; a table's code runs only where its instructions exist.
-    #[expect(unsafe_code, reason = "calls kernels.cpp")]
-    unsafe {
-        let mut tables = vec![&*relora_kernels_baseline()];
-        #[cfg(target_arch = "x86_64")]
-        {
-            let has_v3 = is_x86_feature_detected!("avx2")
-                && is_x86_feature_detected!("fma")
-                && is_x86_feature_detected!("bmi2")
-                && is_x86_feature_detected!("f16c");
-            let has_v4 = has_v3
-                && is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512cd")
-                && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512vl");
-            if has_v3 {
-                tables.push(&*relora_kernels_avx2());
-            }
-            if has_v4 {
-                tables.push(&*relora_kernels_avx512());
-            }
-            if has_v4 && is_x86_feature_detected!("avx512bf16") {
-                tables.push(&*relora_kernels_avx512_bf16());
-            }
-        }
-        tables
-    }
-}
-
-/// How many partial sums a table may leave of a sum over elements.
-pub const NUM_PARTIALS: i64 = 1_024;
+pub use super::table::{AdamwSettings, BatchHeads, Heads};
 
 /// Where the rows of a micro-batch stand in the run, which is what their dropout masks depend on.
 #[derive(Debug, Clone, Copy)]
@@ -141,9 +26,9 @@ pub struct MaskPlace {
 
 /// The kernels for one kind of element, over tensors that lie on one device.
 pub struct Kernels {
-    table: &'static Table,
+    pub(super) table: &'static Table,
     /// Of the CPU.
-    threads: i32,
+    pub(super) threads: i32,
     device: Device,
     product_kind: Kind,
     sum_kind: Kind,
@@ -156,14 +41,14 @@ impl Kernels {
     /// # Panics
     /// If products of this kind are not known: they are fp32, fp64 or bf16.
     pub fn new(product_kind: Kind, threads: i32) -> Self {
-        let best = tables().pop().expect("an instruction set");
+        let best = table::of_every_set().pop().expect("an instruction set");
         Self::of(best, product_kind, threads)
     }
 
     /// Those of every instruction set that there is here.
     #[cfg(test)]
     pub fn of_every_set(product_kind: Kind, threads: i32) -> Vec<Self> {
-        tables().into_iter().map(|tables| Self::of(tables, product_kind, threads)).collect()
+        table::of_every_set().into_iter().map(|tables| Self::of(tables, product_kind, threads)).collect()
     }
 
     fn of(tables: &'static [Table; 3], product_kind: Kind, threads: i32) -> Self {
@@ -267,68 +152,6 @@ impl Kernels {
                 i32::from(is_backwards),
             );
         }
-    }
-
-    /// Whether attention is one kernel. Else it is products, with `causal_softmax` between them.
-    pub fn has_attention(&self) -> bool {
-        self.table.attention.is_some()
-    }
-
-    /// How many bytes of memory attention works in.
-    pub fn attention_bytes(&self, heads: &BatchHeads) -> i64 {
-        // SAFETY: it computes a number.
-        i64::from(self.threads) * unsafe { entry(self.table.attention_bytes)(heads.length, heads.heads.dim) }
-    }
-
-    /// Causal attention of queries, keys and values that lie side by side in the row of a token (n, (q + 2g)·d): mixed
-    /// (n, q·d), and the logarithms of the softmax sums (seqs·q·t) in the sum kind.
-    pub fn attention(&self, qkv: &Tensor, heads: &BatchHeads, scale: f64, out: (&Tensor, &Tensor), memory: &Tensor) {
-        let (mixed, log_sums) = out;
-        let qkv = self.product(qkv, heads.qkv_len());
-        let mixed = self.product(mixed, heads.num_rows() * heads.heads.dim);
-        let log_sums = self.sum(log_sums, heads.num_rows());
-        let memory = self.checked(memory, Kind::Uint8, self.attention_bytes(heads));
-        // SAFETY: as in `rms_norm`.
-        unsafe { entry(self.table.attention)(self.threads, heads, qkv, scale, mixed, log_sums, memory) }
-    }
-
-    /// Writes the gradients of queries, keys and values over dqkv, from those of the mixed values.
-    pub fn attention_backward(
-        &self,
-        (qkv, dmixed, log_sums): (&Tensor, &Tensor, &Tensor),
-        heads: &BatchHeads,
-        scale: f64,
-        dqkv: &Tensor,
-        memory: &Tensor,
-    ) {
-        let [qkv, dqkv] = [qkv, dqkv].map(|x| self.product(x, heads.qkv_len()));
-        let dmixed = self.product(dmixed, heads.num_rows() * heads.heads.dim);
-        let log_sums = self.sum(log_sums, heads.num_rows());
-        let memory = self.checked(memory, Kind::Uint8, self.attention_bytes(heads));
-        // SAFETY: as in `rms_norm`.
-        unsafe {
-            let backward = entry(self.table.attention_backward);
-            backward(self.threads, heads, qkv, dmixed, log_sums, scale, dqkv, memory);
-        }
-    }
-
-    /// probabilities = softmax(scale · scores), both (m, t, t): row i of a matrix sees its columns up to i. Scores in the
-    /// sum kind, probabilities in the product kind.
-    pub fn causal_softmax(&self, scores: &Tensor, scale: f64, probabilities: &Tensor) {
-        let (matrices, width, _) = scores.size3().expect("square matrices");
-        let rows = matrices * width;
-        let (scores, probabilities) = (self.sum(scores, rows * width), self.product(probabilities, rows * width));
-        // SAFETY: as in `rms_norm`.
-        unsafe { entry(self.table.causal_softmax)(self.threads, rows, width, scores, scale, probabilities) }
-    }
-
-    /// Replaces the gradients of probabilities by those of their scores, all (m, t, t) in the product kind.
-    pub fn causal_softmax_backward(&self, probabilities: &Tensor, scale: f64, gradients: &Tensor) {
-        let (matrices, width, _) = probabilities.size3().expect("square matrices");
-        let rows = matrices * width;
-        let [probabilities, gradients] = [probabilities, gradients].map(|tensor| self.product(tensor, rows * width));
-        // SAFETY: as in `rms_norm`.
-        unsafe { entry(self.table.causal_softmax_backward)(self.threads, rows, width, probabilities, scale, gradients) }
     }
 
     /// product (n, w) = silu(gate) · up, of rows that hold a gate and then an up (n, 2w).
@@ -471,11 +294,11 @@ impl Kernels {
         (rows, width)
     }
 
-    fn sum(&self, x: &Tensor, len: i64) -> Out {
+    pub(super) fn sum(&self, x: &Tensor, len: i64) -> Out {
         self.checked(x, self.sum_kind, len)
     }
 
-    fn product(&self, x: &Tensor, len: i64) -> Out {
+    pub(super) fn product(&self, x: &Tensor, len: i64) -> Out {
         self.checked(x, self.product_kind, len)
     }
 
@@ -483,7 +306,7 @@ impl Kernels {
     ///
     /// # Panics
     /// If it is of another kind or length, not contiguous, or on another device.
-    fn checked(&self, x: &Tensor, kind: Kind, len: i64) -> Out {
+    pub(super) fn checked(&self, x: &Tensor, kind: Kind, len: i64) -> Out {
         let is_usable = x.device() == self.device && x.kind() == kind && x.is_contiguous() && x.numel() as i64 == len;
         assert!(is_usable, "a kernel wants {len} contiguous elements of {kind:?} on {:?}, not {x:?}", self.device);
         x.data_ptr()
@@ -500,14 +323,6 @@ impl Kernels {
         }
         address.cast()
     }
-}
-
-/// What not every table has.
-///
-/// # Panics
-/// If this one has it not.
-fn entry<F>(entry: Option<F>) -> F {
-    entry.expect("attention is one kernel or a softmax between products, as `has_attention` says")
 }
 
 /// The number of a kind of products among the tables, and the kind of its sums.

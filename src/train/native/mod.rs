@@ -1,6 +1,7 @@
 //! The only unsafe code: what reaches below tch. Each function is safe to call; who launches a `Graph` answers for the
 //! memory that it was recorded over.
 
+mod attention;
 mod driver;
 #[cfg(test)]
 mod emulated_gpu;
@@ -10,6 +11,7 @@ mod graph;
 pub mod kernels;
 #[cfg(not(test))]
 mod module;
+mod table;
 
 use std::{
     ffi::c_void,
@@ -17,7 +19,6 @@ use std::{
     io,
     path::{Path, PathBuf},
     slice,
-    sync::LazyLock,
 };
 
 use memmap2::Mmap;
@@ -76,7 +77,6 @@ fn loaded_library(name: &str) -> Option<PathBuf> {
 unsafe extern "C" {
     fn relora_use_deterministic_algorithms();
     fn relora_page_locked(len: i64, scalar_type: i8) -> *mut c_void;
-    fn relora_has_onednn() -> i32;
     fn relora_onednn_multiply(left: *const c_void, right: *const c_void, out: *const c_void, adds: i32) -> i32;
 }
 
@@ -93,7 +93,7 @@ pub fn use_deterministic_algorithms() {
 /// Gives memory that was freed back to the system. The C library keeps it otherwise, in pieces that large tensors do not
 /// fit in.
 pub fn give_back_memory() {
-    #[cfg(target_env = "gnu")]
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
         #[expect(unsafe_code, reason = "of the C library")]
         unsafe extern "C" {
@@ -104,32 +104,25 @@ pub fn give_back_memory() {
 }
 
 /// out = left · right, or with `adds` +=, by oneDNN, and whether it was done: of matrices in fp32 in host memory, both of
-/// which lie there whole, as they are or transposed. libtorch multiplies them by MKL, which is slower on some processors
-/// (docs/performance.md); of parts of rows oneDNN makes copies, and then it is slower itself.
-///
-/// # Panics
-/// If sizes do not fit.
+/// which lie there whole, as they are or transposed. libtorch multiplies them by MKL, which is slower where it was measured
+/// (docs/performance.md); of parts of rows oneDNN makes copies, and then it is slower itself. What oneDNN refuses is
+/// left as it was.
 pub fn onednn_multiply(left: &Tensor, right: &Tensor, out: &Tensor, adds: bool) -> bool {
-    static HAS_ONEDNN: LazyLock<bool> = LazyLock::new(|| {
-        // SAFETY: it reads a setting.
-        #[expect(unsafe_code, reason = "calls context.cpp")]
-        unsafe {
-            relora_has_onednn() != 0
-        }
-    });
     let is_fp32 = |x: &Tensor| x.kind() == Kind::Float && x.device() == tch::Device::Cpu && x.dim() == 2;
-    let is_whole = |x: &Tensor| x.is_contiguous() || x.tr().is_contiguous();
-    if !([left, right, out].into_iter().all(is_fp32) && is_whole(left) && is_whole(right) && *HAS_ONEDNN) {
+    let is_whole = |x: &Tensor| x.numel() > 0 && (x.is_contiguous() || x.tr().is_contiguous());
+    if !(cfg!(target_arch = "x86_64")
+        && [left, right, out].into_iter().all(is_fp32)
+        && is_whole(left)
+        && is_whole(right))
+    {
         return false;
     }
     // SAFETY: tch's tensors are libtorch's, which checks their sizes.
     #[expect(unsafe_code, reason = "calls context.cpp")]
-    let is_done = unsafe {
+    unsafe {
         let [left, right, out] = [left, right, out].map(|x| x.as_ptr().cast::<c_void>());
         relora_onednn_multiply(left, right, out, i32::from(adds)) != 0
-    };
-    assert!(is_done, "no product of {left:?} and {right:?} in {out:?}");
-    true
+    }
 }
 
 /// A flat tensor of fp32 or Int64 in page-locked memory of the host, which a GPU reads and writes by itself. None where
@@ -175,5 +168,30 @@ pub fn host_bytes(tensor: &Tensor) -> &[u8] {
     #[expect(unsafe_code, reason = "tch hands out no slices")]
     unsafe {
         slice::from_raw_parts(tensor.data_ptr().cast::<u8>(), tensor.numel() * size_of::<f32>())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn whole_matrices_in_fp32_are_multiplied_by_onednn_and_parts_of_rows_are_not() {
+        let of = |rows, columns| Tensor::arange(rows * columns, (Kind::Float, tch::Device::Cpu)).view([rows, columns]);
+        let (left, right) = (of(5, 3), of(4, 3));
+        let rows = of(5, 6);
+        for (out, adds) in
+            [(of(5, 4), false), (of(5, 4), true), (rows.narrow(1, 1, 4), false), (rows.narrow(1, 1, 4), true)]
+        {
+            let want = left.mm(&right.tr()) + &out * f64::from(i32::from(adds));
+            assert!(onednn_multiply(&left, &right.tr(), &out, adds));
+            assert!(out.equal(&want), "{adds}");
+        }
+        let (first, double) = (rows.narrow(1, 0, 3), left.to_kind(Kind::Double));
+        assert!(!onednn_multiply(&first, &right.tr(), &of(5, 4), false));
+        assert!(!onednn_multiply(&double, &double.tr(), &of(5, 5), false));
+        // Sizes that do not fit: for libtorch to refuse.
+        assert!(!onednn_multiply(&left, &right, &of(5, 3), false));
     }
 }
