@@ -80,9 +80,9 @@ impl Writer {
         let thread = thread::spawn(move || {
             for node in queue {
                 let report = write_node(&out_dir, node)?;
+                events.emit(&Event::Node(report));
                 // The copies of a node may be as large as the model.
                 native::give_back_memory();
-                events.emit(&Event::Node(report));
             }
             Ok(())
         });
