@@ -1,7 +1,7 @@
 //! What a run holds in memory, by what it is for: an estimate from the spec and from what the trainer chose.
 //!
-//! Not counted: libtorch's own buffers and kernels, what attention works in on the CPU (up to 4 KB a position and thread), and the copies
-//! of tensors that are on their way to the disk.
+//! Not counted: libtorch's own buffers and kernels, what attention works in on the CPU (up to 4 KB a position and
+//! thread), and the copies of tensors that are on their way to the disk.
 
 mod choose;
 #[cfg(test)]

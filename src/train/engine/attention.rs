@@ -22,11 +22,11 @@ pub struct Attention {
 /// What the backward pass needs beside the queries, keys and values.
 pub struct Attended {
     /// The mixed values of every token (b·t, n·d).
-    pub(super) rows: Scratch,
+    rows: Scratch,
     /// Of the kernel: the logarithms of the softmax sums (b·n·t).
     log_sums: Scratch,
     /// Of products (b·n, t, t).
-    pub(super) probabilities: Scratch,
+    probabilities: Scratch,
 }
 
 impl Attended {
@@ -37,11 +37,6 @@ impl Attended {
     pub fn rows(&mut self, shape: &[i64]) -> Tensor {
         self.rows.take(shape)
     }
-}
-
-/// What scores are multiplied with.
-pub fn scale(heads: Heads) -> f64 {
-    1.0 / (heads.dim as f64).sqrt()
 }
 
 impl Attention {
@@ -61,15 +56,15 @@ impl Attention {
 
     /// Mixes the values, into the rows of `kept`.
     pub fn forward(&mut self, qkv: &Tensor, batch: &Batch, kept: &mut Attended, ops: &Ops) {
+        let mixed = kept.rows.take(&[qkv.size()[0], self.heads.num_query * self.heads.dim]);
         match ops.attention_kernels() {
             Some(kernels) => {
-                let (heads, scale) = (self.of(batch), scale(self.heads));
-                let mixed = kept.rows.take(&[qkv.size()[0], self.heads.num_query * self.heads.dim]);
+                let (heads, scale) = (self.of(batch), self.heads.scale());
                 let log_sums = kept.log_sums.take(&[qkv.size()[0] * self.heads.num_query]);
                 let memory = self.memory.take(&[kernels.attention_bytes(&heads)]);
                 kernels.attention(qkv, &heads, scale, (&mixed, &log_sums), &memory);
             }
-            None => self.products.forward(qkv, batch, kept, ops),
+            None => self.products.forward(qkv, batch, (&mixed, &mut kept.probabilities), ops),
         }
     }
 
@@ -85,12 +80,12 @@ impl Attention {
     ) {
         match ops.attention_kernels() {
             Some(kernels) => {
-                let (heads, scale) = (self.of(batch), scale(self.heads));
+                let (heads, scale) = (self.of(batch), self.heads.scale());
                 let log_sums = kept.log_sums.take(&[qkv.size()[0] * self.heads.num_query]);
                 let memory = self.memory.take(&[kernels.attention_bytes(&heads)]);
                 kernels.attention_backward((qkv, dout, &log_sums), &heads, scale, dqkv, &memory);
             }
-            None => self.products.backward(qkv, batch, kept, dout, dqkv, ops),
+            None => self.products.backward((qkv, dout, &mut kept.probabilities), batch, dqkv, ops),
         }
     }
 }

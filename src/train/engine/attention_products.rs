@@ -4,12 +4,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{
-    Batch,
-    attention::{Attended, scale},
-    scratch::Scratch,
-    shared::copy,
-};
+use super::{Batch, scratch::Scratch, shared::copy};
 use crate::train::{
     native::kernels::Heads,
     ops::{Ops, sum_kind},
@@ -41,20 +36,20 @@ impl Products {
         }
     }
 
-    /// Mixes the values, into the rows of `kept`.
-    pub fn forward(&mut self, qkv: &Tensor, batch: &Batch, kept: &mut Attended, ops: &Ops) {
+    /// Mixes the values, into the rows of `mixed`, and leaves the probabilities (b·n, t, t).
+    pub fn forward(&mut self, qkv: &Tensor, batch: &Batch, (mixed, probabilities): (&Tensor, &mut Scratch), ops: &Ops) {
         let heads = self.heads;
         let Heads { num_query, dim, .. } = heads;
         let (b, t) = (batch.num_seqs, batch.sequence_length);
-        let rows = kept.rows.take(&[b * t, num_query * dim]).view([b, t, num_query, dim]);
+        let rows = mixed.view([b, t, num_query, dim]);
         let [q, k, v] = heads.split(qkv, b);
         let [exact_q, exact_k] = &mut self.exact;
         let (q, k) = (heads.apart(&q, exact_q), heads.apart(&k, exact_k));
         let v = heads.apart(&v, &mut self.apart[2]);
         let scores = self.scores.take(&[b * num_query, t, t]);
         let _ = q.bmm_out(&scores, &k.transpose(1, 2));
-        let probabilities = kept.probabilities.take(&[b * num_query, t, t]);
-        ops.causal_softmax(&scores, scale(heads), &probabilities);
+        let probabilities = probabilities.take(&[b * num_query, t, t]);
+        ops.causal_softmax(&scores, heads.scale(), &probabilities);
         let mixed = self.mixed.take(&[b * num_query, t, dim]);
         let _ = probabilities.bmm_out(&mixed, &v);
         copy(&mixed.view([b, num_query, t, dim]).transpose(1, 2), &rows);
@@ -63,10 +58,8 @@ impl Products {
     /// Writes the gradients of queries, keys and values over dqkv.
     pub fn backward(
         &mut self,
-        qkv: &Tensor,
+        (qkv, dout, probabilities): (&Tensor, &Tensor, &mut Scratch),
         batch: &Batch,
-        kept: &mut Attended,
-        dout: &Tensor,
         dqkv: &Tensor,
         ops: &Ops,
     ) {
@@ -76,14 +69,13 @@ impl Products {
         let [q, k, v] = heads.split(qkv, b);
         let dout = dout.view([b, t, num_query, dim]).transpose(1, 2);
         let [to_q, to_k, to_v] = heads.split(dqkv, b);
-        let scale = scale(heads);
         let [apart_q, apart_k, apart_v, apart_dout] = &mut self.apart;
         let [q, k, v, dout] = [(q, apart_q), (k, apart_k), (v, apart_v), (dout, apart_dout)]
             .map(|(of_all, scratch)| heads.apart(&of_all, scratch));
-        let probabilities = kept.probabilities.take(&[b * num_query, t, t]);
+        let probabilities = probabilities.take(&[b * num_query, t, t]);
         let dscores = self.dprobabilities.take(&[b * num_query, t, t]);
         let _ = dout.bmm_out(&dscores, &v.transpose(1, 2));
-        ops.causal_softmax_backward(&probabilities, scale, &dscores);
+        ops.causal_softmax_backward(&probabilities, heads.scale(), &dscores);
         let mixed = self.mixed.take(&[b * num_query, t, dim]);
         let by_head = mixed.view([b, num_query, t, dim]);
         let _ = probabilities.transpose(1, 2).bmm_out(&mixed, &dout);

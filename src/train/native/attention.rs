@@ -7,6 +7,13 @@ use super::{
     table::{BatchHeads, Heads},
 };
 
+impl Heads {
+    /// What scores are multiplied with.
+    pub fn scale(&self) -> f64 {
+        1.0 / (self.dim as f64).sqrt()
+    }
+}
+
 impl BatchHeads {
     /// How many elements queries, keys and values have together.
     fn qkv_len(&self) -> i64 {

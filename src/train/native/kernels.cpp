@@ -4,8 +4,8 @@
 // no template of the standard library, so that the linker never takes a function made for one set for another's.
 //
 // T is what matrix products read and write (float, double or bf16), Sum what is accumulated: float, or double for
-// double. Tensors are contiguous, rows after rows. Work is divided by rows, by heads or by blocks of a fixed size, and what
-// blocks leave is added in their order: results do not depend on the number of threads.
+// double. Tensors are contiguous, rows after rows. Work is divided by rows, by heads or by blocks of a fixed size, and
+// what blocks leave is added in their order: results do not depend on the number of threads.
 
 #include <cmath>
 #include <cstdint>
