@@ -289,7 +289,8 @@ void attention(int threads, const relora_heads* h, const void* qkv_, double scal
             for (int64_t start = 0; start < t; start += TILE_QUERIES) {
                 int64_t end = start + TILE_QUERIES < t ? start + TILE_QUERIES : t, rows = end - start;
                 Left<T> q = pack_left(rows, d, qkv + start * row + head * d, row, space.left);
-                product<T>(rows, end, d / PAIR<T>, q, space.by_element[0], d / PAIR<T>, false, space.scores, space.keys);
+                product<T>(rows, end, d / PAIR<T>, q, space.by_element[0], d / PAIR<T>, false, space.scores,
+                           space.keys);
                 for (int64_t i = 0; i < rows; ++i) {
                     Sum<T>* scores = space.scores + i * space.keys;
                     Cell<T>* p = space.p + i * space.keys;

@@ -81,8 +81,8 @@ impl Kernels {
         }
     }
 
-    /// probabilities = softmax(scale · scores), both (m, t, t): row i of a matrix sees its columns up to i. Scores in the
-    /// sum kind, probabilities in the product kind.
+    /// probabilities = softmax(scale · scores), both (m, t, t): row i of a matrix sees its columns up to i. Scores in
+    /// the sum kind, probabilities in the product kind.
     pub fn causal_softmax(&self, scores: &Tensor, scale: f64, probabilities: &Tensor) {
         let (matrices, width, _) = scores.size3().expect("square matrices");
         let rows = matrices * width;

@@ -19,15 +19,16 @@ extern "C" void relora_use_deterministic_algorithms() {
     at::globalContext().setDeterministicFillUninitializedMemory(false);
 }
 
-// result = beta · result + alpha · left right, by oneDNN. libtorch exports it for itself, and its headers leave it out: of
-// a libtorch without it nothing can be linked.
+// result = beta · result + alpha · left right, by oneDNN. libtorch exports it for itself, and its headers leave it out:
+// with a libtorch without it nothing can be linked.
 namespace at::native {
 void mkldnn_matmul(const Tensor& left, const Tensor& right, const Tensor& result, float beta, float alpha);
 }
 
-// out = left right, or += with `adds`. Returns whether it was done; else `out` is as it was, and what libtorch would say
-// against the product is still to be heard from its own.
-extern "C" int relora_onednn_multiply(const at::Tensor* left, const at::Tensor* right, const at::Tensor* out, int adds) {
+// out = left right, or += with `adds`. Returns whether it was done; else `out` is as it was, and libtorch's own product
+// will say what is wrong.
+extern "C" int relora_onednn_multiply(const at::Tensor* left, const at::Tensor* right, const at::Tensor* out,
+                                      int adds) {
     if (!at::globalContext().hasMKLDNN() || !at::globalContext().userEnabledMkldnn()) return false;
     try {
         at::native::mkldnn_matmul(*left, *right, *out, adds ? 1.0f : 0.0f, 1.0f);
