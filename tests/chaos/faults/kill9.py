@@ -11,6 +11,7 @@
 | commit | while the transaction that makes a node visible waits at a gate |
 """
 
+import itertools
 import os
 import signal
 import time
@@ -66,7 +67,7 @@ class Campaign:
         self.kills = dict.fromkeys(PHASES, 0)
         self.victims = {}
         self.job_ids = []
-        self.held_s = {}  # how long a kill was prepared by holding something up, by job and lease epoch
+        self.delays = {}  # what this harness held up, by job and lease epoch: (when it ended, how long it was)
         self.worker = None
         self.is_orphaned = False  # the job's worker is gone, and nobody has taken it up again
         self.victim = None  # None: any that fits the phase
@@ -236,8 +237,9 @@ class Campaign:
     def _kill(self, candidates, trainer_pid=None, held_s=0.0):
         victim = self.victim or self.random.choice(candidates)
         self.victims[victim] = self.victims.get(victim, 0) + 1
-        attempt = self.job_id, jobs.lease_epoch(self.site, self.job_id)
-        self.held_s[attempt] = max(held_s, self.held_s.get(attempt, 0.0))
+        delays = self.delays.setdefault((self.job_id, jobs.lease_epoch(self.site, self.job_id)), [])
+        killed = time.monotonic()
+        delays.append((killed, held_s))
         match victim:
             case "trainer":
                 with_trainer(trainer_pid, signal.SIGKILL)
@@ -248,6 +250,7 @@ class Campaign:
             case "server":
                 self.site.server.kill()
                 self.site.server.start()
+                delays.append((time.monotonic(), time.monotonic() - killed))
 
     # What must have held.
 
@@ -257,6 +260,11 @@ class Campaign:
         problems = [problem for job_id in self.job_ids
                     for problem in jobs.problems_of(self.site, job_id, self.reference)]
         repeats = [repeat for job_id in self.job_ids for repeat in self._repeats(job_id)]
+        for job_id in self.job_ids:
+            starts = [attempt["start_step"] for attempt in jobs.attempts(self.site, job_id)]
+            starts = [step for step in starts if step is not None]
+            if starts != sorted(starts):
+                problems.append(f"{job_id}: attempts began at steps {starts}, where none may begin behind an earlier one")
         for job_id, repeated_steps, repeated_s, allowed_s in repeats:
             if repeated_s > allowed_s + slack_s:
                 problems.append(f"{job_id}: {repeated_steps} steps of {repeated_s:.2f} s were repeated, "
@@ -278,17 +286,24 @@ class Campaign:
                       jobs=len(self.job_ids), repeated_steps=steps, longest_upload_s=round(self.reference.upload_s, 3))
 
     def _repeats(self, job_id):
-        """Of every attempt after the first: how many steps it did again that were reported before, how long those had
-        taken, and how long they may: a state's interval, its upload, and what this harness held up before the kill."""
+        """Of every attempt after the first, what the kill before it cost: how many steps of the attempt that was killed
+        are done again, how long those had taken, and how long they may."""
         rows = self.site.postgres.query(
             f"select lease_epoch, step, value from job_metrics where job_id = '{job_id}' and name = 'tokens_per_s'")
-        for attempt in jobs.attempts(self.site, job_id)[1:]:
-            earlier = {row["step"]: row["value"] for row in sorted(rows, key=lambda row: row["lease_epoch"])
-                       if row["lease_epoch"] < attempt["lease_epoch"]}
-            again = [value for step, value in earlier.items() if step > attempt["start_step"]]
+        for killed, attempt in itertools.pairwise(jobs.attempts(self.site, job_id)):
+            again = [row["value"] for row in rows
+                     if row["lease_epoch"] == killed["lease_epoch"] and row["step"] > attempt["start_step"]]
             repeated_s = sum(jobs.NUM_SEQS * jobs.SEQUENCE_LENGTH / value for value in again)
-            held_s = self.held_s.get((job_id, attempt["lease_epoch"] - 1), 0.0)
-            yield job_id, len(again), repeated_s, jobs.STATE_EVERY_S + self.reference.upload_s + held_s
+            yield job_id, len(again), repeated_s, self._allowed_s(self.delays.get((job_id, killed["lease_epoch"]), []))
+
+    def _allowed_s(self, delays):
+        """A state's interval, its upload, and what this harness held up meanwhile: requests, and the server's answers by
+        killing it."""
+        allowed_s = jobs.STATE_EVERY_S + self.reference.upload_s
+        for ended, delay_s in reversed(delays):
+            if ended >= delays[-1][0] - allowed_s:
+                allowed_s += delay_s
+        return allowed_s
 
 
 def merges_in(log):
