@@ -3,9 +3,9 @@
 use serde::{Deserialize, Serialize};
 
 use super::{
-    memory::{MemoryNeeds, gib},
+    memory::{gib, least_bytes, shortage},
     problem::Problem,
-    spec::{Device, Precision, TrainSpec},
+    spec::{Device, MicroBatch, Precision, TrainSpec},
 };
 
 /// What a worker has for jobs, as its trainer found it.
@@ -39,27 +39,21 @@ impl Offer {
     }
 }
 
-/// What is wrong with a job that needs more memory than each of these workers has. Nothing, where there is none of them,
-/// or one whose memory is not known.
+/// What is wrong with a job that, with the settings it has, needs more memory than each of these workers has. Nothing,
+/// where there is none of them, or one whose memory is not known.
 pub fn memory_problem(spec: &TrainSpec, offers: &[Offer]) -> Option<Problem> {
-    let needs = MemoryNeeds::least(spec);
-    let mut largest: Option<(i64, Device)> = None;
+    let mut shortages = Vec::new();
     for offer in offers {
         let (memory, device) = (offer.memory_for(spec)?, offer.device_for(spec));
-        if needs.bytes_on(device) <= memory {
-            return None;
-        }
-        if largest.is_none_or(|(most, _)| memory > most) {
-            largest = Some((memory, device));
-        }
+        shortages.push((memory, device, shortage(spec, device, memory)?));
     }
-    let (memory, device) = largest?;
-    let message = format!(
-        "needs {} of memory at the least, and no worker has more than {}: {needs}",
-        gib(needs.bytes_on(device)),
-        gib(memory)
-    );
-    Some(Problem::new("/model", message))
+    let (memory, device, shortage) = shortages.into_iter().max_by_key(|(memory, ..)| *memory)?;
+    let pointer = match spec.batch.micro_batch_seqs {
+        _ if least_bytes(spec, device) > memory => "/model",
+        MicroBatch::Seqs(2..) => "/batch/micro_batch_seqs",
+        _ => "/memory",
+    };
+    Some(Problem::new(pointer, format!("no worker has more than {} of memory: {shortage}", gib(memory))))
 }
 
 /// What to know of a job in bf16 that is slower than fp32 on each of these workers.

@@ -79,9 +79,9 @@ pub fn total_bytes(device: Device) -> Option<i64> {
     }
 }
 
-/// What of it is free. Of a GPU nobody has been asked for that.
-pub fn free_bytes(device: Device) -> Option<i64> {
-    if device.is_cuda() { None } else { host_memory::available_bytes() }
+/// What of it a run may take: of the host's what is free, of a GPU all, which jobs do not share.
+pub fn available_bytes(device: Device) -> Option<i64> {
+    if device.is_cuda() { total_bytes(device) } else { host_memory::available_bytes() }
 }
 
 /// How much faster a matrix product is in bf16 than in fp32; `None` where it cannot be measured.

@@ -49,9 +49,8 @@ impl TrainError {
         if self.kind != FailureKind::OutOfMemory {
             return self;
         }
-        // Of a GPU the whole, of the host what this process has given back by now and others have left.
-        let memory_bytes = device::free_bytes(device).or_else(|| device::total_bytes(device));
-        let sizes = memory::too_large(spec, device::kind(device), memory_bytes);
+        // This process has given back by now what it had.
+        let sizes = memory::too_large(spec, device::kind(device), device::available_bytes(device));
         let message = format!("out of memory: {sizes}. libtorch says: {}", self.message);
         Self { message, ..self }
     }

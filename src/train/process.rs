@@ -176,7 +176,7 @@ pub fn settle(args: &Args, spec: &TrainSpec, device: tch::Device) -> Result<Job,
         None => None,
     };
     let spec = earlier.map_or_else(|| spec.clone(), |choices| spec.with_choices(&choices));
-    let choices = memory::choose(&spec, device::kind(device), device::free_bytes(device));
+    let choices = memory::choose(&spec, device::kind(device), device::available_bytes(device));
     Ok(Job { spec: spec.with_choices(&choices), choices, device })
 }
 

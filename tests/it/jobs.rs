@@ -149,11 +149,19 @@ async fn a_model_that_fits_on_no_worker_is_refused_with_what_it_needs(pool: PgPo
     assert_eq!(refused.problem(422).0, "invalid_spec");
     assert_eq!(refused.pointers(), ["/model"]);
     // 1,209 million parameters of 16 bytes each.
-    for part in ["GiB of memory at the least", "no worker has more than 8.00 GiB", "at full rank the run holds 18.0"] {
+    let largest = "no worker has more than 8.00 GiB of memory: at full rank the run holds 18.0";
+    for part in [largest, "by this estimate", "The model does not fit: 8.00 GiB are there, and it needs"] {
         assert!(refused.text().contains(part), "{part}: {}", refused.text());
     }
     spec["model"] = json!({"preset": "llama-9m"});
     assert_eq!(app.create_job(&spec).await.status, 201, "a small one fits");
+    spec["batch"]["num_seqs"] = json!(100_000);
+    spec["batch"]["micro_batch_seqs"] = json!(100_000);
+    let refused = app.create_job(&spec).await;
+    assert_eq!(refused.pointers(), ["/batch/micro_batch_seqs"]);
+    assert!(refused.text().contains("for which a batch.micro_batch_seqs of"), "{}", refused.text());
+    spec["batch"]["micro_batch_seqs"] = json!("auto");
+    assert_eq!(app.create_job(&spec).await.status, 201, "as many at once as fit");
 
     spec["model"] = json!({"preset": "llama-1b"});
     insert_worker_with(&app, "cuda", Some(64 << 30), None).await;

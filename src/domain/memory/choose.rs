@@ -1,6 +1,6 @@
 //! The settings that fit: chosen before a run, and named after one for which memory was too small.
 
-use super::{MemoryNeeds, bytes, gib, least_bytes};
+use super::{MemoryNeeds, bytes, gib};
 use crate::domain::spec::{Choices, Device, FrozenWeights, MemorySpec, MergedPlan, Recompute, TrainSpec};
 
 /// Tokens of a micro-batch beyond which products do not get faster: matrices are larger than the caches by then.
@@ -17,15 +17,16 @@ pub fn choose(spec: &TrainSpec, device: Device, memory_bytes: Option<i64>) -> Ch
     let fits = |choices: Choices| memory_bytes.is_none_or(|memory| fits(spec, choices, device, memory));
     let with = |merged_weights| move |micro_batch_seqs| Choices { micro_batch_seqs, merged_weights };
     let is_quantised = spec.memory.frozen_weights != FrozenWeights::Full;
+    let given = spec.batch.micro_batch_seqs.seqs();
     let merged_weights = spec.memory.merged_weights.plan().unwrap_or_else(|| {
-        match !is_quantised && fits(with(MergedPlan::Resident)(1)) {
+        match !is_quantised && fits(with(MergedPlan::Resident)(given.unwrap_or(1))) {
             true => MergedPlan::Resident,
             false => MergedPlan::Scratch,
         }
     });
     let max_tokens = if device == Device::Cuda { MAX_TOKENS_CUDA } else { MAX_TOKENS_CPU };
     let most = (max_tokens / spec.batch.sequence_length).clamp(1, spec.batch.num_seqs);
-    let micro_batch_seqs = spec.batch.micro_batch_seqs.seqs().unwrap_or_else(|| {
+    let micro_batch_seqs = given.unwrap_or_else(|| {
         let fitting = largest(most, |seqs| fits(with(merged_weights)(seqs)));
         // With fewer than one it fails, and says why.
         fitting.unwrap_or(1)
@@ -33,16 +34,23 @@ pub fn choose(spec: &TrainSpec, device: Device, memory_bytes: Option<i64>) -> Ch
     with(merged_weights)(micro_batch_seqs)
 }
 
+/// What is to be said of a run for which this memory is too small, whatever is chosen where the spec leaves a choice.
+/// Nothing, where it may do.
+pub fn shortage(spec: &TrainSpec, device: Device, memory_bytes: i64) -> Option<String> {
+    let choices = choose(spec, device, Some(memory_bytes));
+    (bytes(spec, &choices, device) > memory_bytes).then(|| too_large(spec, device, Some(memory_bytes)))
+}
+
 /// Says of a run that memory was too small for what it holds there, and which settings would fit. What the spec leaves
 /// to the trainer is chosen as for a run.
 pub fn too_large(spec: &TrainSpec, device: Device, memory_bytes: Option<i64>) -> String {
     let choices = choose(spec, device, memory_bytes);
-    let needs = MemoryNeeds::of(spec, &choices);
+    let needs = MemoryNeeds::of(spec, &choices, device);
     let advice = match memory_bytes {
         Some(memory) => remedy(spec, choices, device, memory),
         None => "lower batch.micro_batch_seqs, set memory.recompute to layers, or take a smaller model".into(),
     };
-    format!("{needs}; by this estimate {} at once. {advice}", gib(needs.bytes_on(device)))
+    format!("{needs}; by this estimate {} at once. {advice}", gib(needs.bytes()))
 }
 
 /// The least change after which the estimate fits.
@@ -60,24 +68,36 @@ fn remedy(spec: &TrainSpec, choices: Choices, device: Device, memory: i64) -> St
     if should_have_fitted {
         return format!("{there} are there, which should do: something else uses them");
     }
-    let mut smallest = spec.clone();
-    for frozen_weights in smaller_forms(spec) {
-        smallest.memory = MemorySpec { recompute: Recompute::Layers, frozen_weights, ..spec.memory };
+    for smallest in smaller_forms(spec) {
         if let Some(seqs) = fitting(&smallest, MergedPlan::Scratch, choices.micro_batch_seqs) {
-            let settings = changes(spec, choices, frozen_weights).join(", ");
+            let settings = changes(spec, choices, smallest.memory.frozen_weights).join(", ");
             return format!("{there} are there, for which {settings} and a batch.micro_batch_seqs of {seqs} would do");
         }
     }
-    let least = gib(least_bytes(&smallest, device));
-    format!("The model does not fit: {there} are there, and it needs {least} at the least; take a smaller one")
+    let least = least_bytes(spec, device);
+    let planned =
+        if least <= memory { format!(", of which {PLANNED_PERCENT} % may be planned with") } else { "".into() };
+    let least = gib(least);
+    format!("The model does not fit: {there} are there{planned}, and it needs {least} at the least; take a smaller one")
 }
 
-/// How the frozen weights could be kept, beginning with how they are.
-fn smaller_forms(spec: &TrainSpec) -> Vec<FrozenWeights> {
+/// What a run needs at the least: one sequence at a time, whatever can be computed again computed again, and the frozen
+/// weights in the form that takes least.
+pub fn least_bytes(spec: &TrainSpec, device: Device) -> i64 {
+    let choices = Choices { micro_batch_seqs: 1, merged_weights: MergedPlan::Scratch };
+    smaller_forms(spec).iter().map(|spec| bytes(spec, &choices, device)).min().unwrap_or(i64::MAX)
+}
+
+/// The run with every layer computed again, and the frozen weights as they are and in fewer bits.
+fn smaller_forms(spec: &TrainSpec) -> Vec<TrainSpec> {
     let forms = [FrozenWeights::Full, FrozenWeights::Int8, FrozenWeights::Nf4];
     let kept = spec.memory.frozen_weights;
-    let has_frozen = spec.method.lora().is_some();
-    forms.into_iter().skip_while(|form| *form != kept).take(if has_frozen { forms.len() } else { 1 }).collect()
+    let num_forms = if spec.method.lora().is_some() { forms.len() } else { 1 };
+    let of_form = |frozen_weights| {
+        let memory = MemorySpec { recompute: Recompute::Layers, frozen_weights, ..spec.memory };
+        TrainSpec { memory, ..spec.clone() }
+    };
+    forms.into_iter().skip_while(|form| *form != kept).take(num_forms).map(of_form).collect()
 }
 
 /// The settings that save most, but for those that the run had.

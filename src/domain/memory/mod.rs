@@ -10,10 +10,9 @@ mod tests;
 use std::fmt;
 
 use super::spec::{
-    Choices, Device, FactorsSpec, FrozenWeights, MemorySpec, MergedPlan, MethodSpec, ModelSpec, Precision, Recompute,
-    TrainSpec,
+    Choices, Device, FactorsSpec, FrozenWeights, MergedPlan, MethodSpec, ModelSpec, Precision, Recompute, TrainSpec,
 };
-pub use choose::{choose, too_large};
+pub use choose::{choose, least_bytes, shortage, too_large};
 
 /// An fp32 value with its gradient and its two moments.
 const TRAINED_BYTES: i64 = 16;
@@ -23,7 +22,7 @@ const LOSS_CHUNK_TOKENS: i64 = 1_024;
 /// Elements of an NF4 block, which share a scale.
 const NF4_BLOCK: i64 = 64;
 
-/// Sizes in bytes.
+/// What lies in the memory of one device at once, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryNeeds {
     /// The full-rank phase; empty if there is none, as in a low-rank method without a warm start.
@@ -32,7 +31,7 @@ pub struct MemoryNeeds {
     pub low_rank: WeightBytes,
     /// What the backward pass of a micro-batch finds kept.
     pub activations: i64,
-    /// The probabilities of attention, and the scores of one layer: on a GPU alone.
+    /// The probabilities of attention, and the scores of one layer. None on the CPU, where neither is kept.
     pub probabilities: i64,
     /// What a layer uses while it is computed.
     pub transient: i64,
@@ -47,11 +46,11 @@ pub struct MemoryNeeds {
 pub struct WeightBytes {
     /// Trained parameters with gradients and moments, and what beside the matrices of the layers is not trained.
     pub parameters: i64,
-    /// Copies in bf16 of the trained matrices.
+    /// Copies in bf16 of the trained matrices, and the largest gradient before it is added up in fp32.
     pub bf16_copies: i64,
-    /// The frozen matrices in fp32.
+    /// The frozen matrices in fp32. Of quantised ones this master lies in host memory, and not on a GPU.
     pub master: i64,
-    /// The frozen matrices, quantised: the master then lies in host memory.
+    /// The frozen matrices, quantised.
     pub quantised: i64,
     /// W + sBA, of all layers or of one.
     pub merged: i64,
@@ -59,27 +58,23 @@ pub struct WeightBytes {
 
 /// What a run with these choices needs on a device.
 pub fn bytes(spec: &TrainSpec, choices: &Choices, device: Device) -> i64 {
-    MemoryNeeds::of(spec, choices).bytes_on(device)
-}
-
-/// What a run needs at the least, with one sequence at a time and whatever can be computed again computed again.
-pub fn least_bytes(spec: &TrainSpec, device: Device) -> i64 {
-    MemoryNeeds::least(spec).bytes_on(device)
+    MemoryNeeds::of(spec, choices, device).bytes()
 }
 
 impl MemoryNeeds {
-    pub fn of(spec: &TrainSpec, choices: &Choices) -> Self {
+    pub fn of(spec: &TrainSpec, choices: &Choices, device: Device) -> Self {
         let model = spec.trained_model();
         let (hidden, intermediate) = (model.hidden_size, model.intermediate_size);
         let element = element_bytes(spec.precision);
         let tokens = choices.micro_batch_seqs.saturating_mul(spec.batch.sequence_length);
         let full_rank = full_rank_bytes(&model, spec.precision);
-        let low_rank = |factors| low_rank_bytes(spec, factors, choices.merged_weights);
+        let low_rank = |factors| low_rank_bytes(spec, factors, choices.merged_weights, device);
+        let probabilities = if device == Device::Cuda { probability_bytes_per_token(spec, &model, element) } else { 0 };
         Self {
             full_rank: if has_full_rank_phase(&spec.method) { full_rank } else { WeightBytes::default() },
             low_rank: spec.method.factors().map(low_rank).unwrap_or_default(),
             activations: tokens.saturating_mul(kept_bytes_per_token(&model, spec.memory.recompute, element)),
-            probabilities: tokens.saturating_mul(probability_bytes_per_token(spec, &model, element)),
+            probabilities: tokens.saturating_mul(probabilities),
             transient: tokens.saturating_mul(3 * FP32_BYTES * hidden + element * (hidden + 3 * intermediate)),
             logits: element * tokens.min(LOSS_CHUNK_TOKENS) * model.vocab_size,
             micro_batch_seqs: choices.micro_batch_seqs,
@@ -87,28 +82,17 @@ impl MemoryNeeds {
         }
     }
 
-    /// With the smallest micro-batch and every activation computed again.
-    pub fn least(spec: &TrainSpec) -> Self {
-        let memory = MemorySpec { recompute: Recompute::Layers, ..spec.memory };
-        let choices = Choices { micro_batch_seqs: 1, merged_weights: MergedPlan::Scratch };
-        Self::of(&TrainSpec { memory, ..spec.clone() }, &choices)
-    }
-
-    /// All of it that lies in the device's memory at once. Beside a GPU the master of quantised weights does not.
-    pub fn bytes_on(&self, device: Device) -> i64 {
-        let phases = [self.full_rank, self.low_rank].map(|phase| phase.bytes_on(device));
-        let probabilities = if device == Device::Cuda { self.probabilities } else { 0 };
-        let parts = [self.activations, probabilities, self.transient, self.logits];
+    /// All of it. From one phase to the next only the trained values stay, while there are no activations.
+    pub fn bytes(&self) -> i64 {
+        let parts = [self.activations, self.probabilities, self.transient, self.logits];
         let of_batch = parts.into_iter().fold(0, i64::saturating_add);
-        phases.into_iter().max().unwrap_or(0).saturating_add(of_batch)
+        self.full_rank.bytes().max(self.low_rank.bytes()).saturating_add(of_batch)
     }
 }
 
 impl WeightBytes {
-    fn bytes_on(&self, device: Device) -> i64 {
-        let is_elsewhere = device == Device::Cuda && self.quantised > 0;
-        let master = if is_elsewhere { 0 } else { self.master };
-        self.parameters + self.bf16_copies + master + self.quantised + self.merged
+    fn bytes(&self) -> i64 {
+        self.parameters + self.bf16_copies + self.master + self.quantised + self.merged
     }
 }
 
@@ -140,12 +124,12 @@ fn full_rank_bytes(model: &ModelSpec, precision: Precision) -> WeightBytes {
     let head = model.vocab_size * model.hidden_size;
     WeightBytes {
         parameters: TRAINED_BYTES * model.num_params(),
-        bf16_copies: bf16_bytes(precision, model.num_linear_params() + head),
+        bf16_copies: bf16_bytes(precision, model.num_linear_params() + 2 * head),
         ..WeightBytes::default()
     }
 }
 
-fn low_rank_bytes(spec: &TrainSpec, factors: &FactorsSpec, plan: MergedPlan) -> WeightBytes {
+fn low_rank_bytes(spec: &TrainSpec, factors: &FactorsSpec, plan: MergedPlan, device: Device) -> WeightBytes {
     let model = &spec.model;
     let layers = model.num_hidden_layers;
     let of_a_layer = |bytes: fn(i64, i64) -> i64| factors.target_shapes(model).map(|(o, i)| bytes(o, i)).sum::<i64>();
@@ -153,20 +137,25 @@ fn low_rank_bytes(spec: &TrainSpec, factors: &FactorsSpec, plan: MergedPlan) -> 
     let wrapped = layers * wrapped_in_a_layer;
     let in_factors = layers * factors.rank * of_a_layer(|o, i| o + i);
     let embedding = model.vocab_size * model.hidden_size;
+    let head_gradient = if factors.train_head { embedding } else { 0 };
     let not_trained = if factors.train_embeddings { 0 } else { embedding }
         + if factors.train_head || model.tie_word_embeddings { 0 } else { embedding };
     let beside = WeightBytes {
         parameters: TRAINED_BYTES * (model.num_params() - wrapped - not_trained + in_factors)
             + FP32_BYTES * not_trained,
-        bf16_copies: bf16_bytes(spec.precision, model.num_linear_params() - wrapped + embedding + in_factors),
+        bf16_copies: bf16_bytes(
+            spec.precision,
+            model.num_linear_params() - wrapped + embedding + head_gradient + in_factors,
+        ),
         ..WeightBytes::default()
     };
     // The factors stand in the place of the matrices: nothing is frozen, and nothing merged.
     if matches!(spec.method, MethodSpec::Factorized(_)) {
         return beside;
     }
+    let is_quantised = spec.memory.frozen_weights != FrozenWeights::Full;
     WeightBytes {
-        master: FP32_BYTES * wrapped,
+        master: if is_quantised && device == Device::Cuda { 0 } else { FP32_BYTES * wrapped },
         quantised: match spec.memory.frozen_weights {
             FrozenWeights::Full => 0,
             FrozenWeights::Int8 => layers * of_a_layer(|o, i| o * i + FP32_BYTES * o),
@@ -219,7 +208,7 @@ impl fmt::Display for MemoryNeeds {
         for (when, phase) in phases.into_iter().filter(|(_, phase)| *phase != WeightBytes::default()) {
             write!(f, "{when} the run holds {} of weights, gradients and moments", gib(phase.parameters))?;
             let parts = [
-                ("copies in bf16", phase.bf16_copies),
+                ("what is in bf16 beside them", phase.bf16_copies),
                 ("frozen matrices", phase.master),
                 ("quantised ones", phase.quantised),
                 ("merged ones", phase.merged),
@@ -233,9 +222,12 @@ impl fmt::Display for MemoryNeeds {
         let [activations, transient, logits] = [self.activations, self.transient, self.logits].map(gib);
         write!(
             f,
-            "a micro-batch of {micro_batch_seqs} x {sequence_length} tokens takes {activations} of activations, \
-             {transient} while a layer is computed and {logits} of logits"
-        )
+            "a micro-batch of {micro_batch_seqs} x {sequence_length} tokens takes {activations} of activations, "
+        )?;
+        if self.probabilities > 0 {
+            write!(f, "{} of attention's probabilities, ", gib(self.probabilities))?;
+        }
+        write!(f, "{transient} while a layer is computed and {logits} of logits")
     }
 }
 

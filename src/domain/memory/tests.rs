@@ -45,16 +45,16 @@ fn choices(micro_batch_seqs: i64, merged_weights: MergedPlan) -> Choices {
 }
 
 fn low_rank(changes: &[(&str, Value)], plan: MergedPlan) -> WeightBytes {
-    MemoryNeeds::of(&spec(changes), &choices(1, plan)).low_rank
+    MemoryNeeds::of(&spec(changes), &choices(1, plan), Device::Cpu).low_rank
 }
 
 #[test]
 fn a_full_rank_phase_holds_sixteen_bytes_for_each_parameter() {
-    let needs = |spec: &TrainSpec| MemoryNeeds::of(spec, &choices(1, MergedPlan::Resident));
+    let needs = |spec: &TrainSpec| MemoryNeeds::of(spec, &choices(1, MergedPlan::Resident), Device::Cpu);
     let fp32 = needs(&full("fp32"));
     assert_eq!(fp32.full_rank, WeightBytes { parameters: 16 * 1_160, ..WeightBytes::default() });
     assert_eq!(fp32.low_rank, WeightBytes::default());
-    assert_eq!(needs(&full("bf16")).full_rank.bf16_copies, 2 * (960 + 80), "of the matrices and the head");
+    assert_eq!(needs(&full("bf16")).full_rank.bf16_copies, 2 * (960 + 80 + 80), "of matrices, head and its gradient");
     let warm_start = |steps: i64| needs(&spec(&[("/method/warm_start_steps", json!(steps))])).full_rank;
     assert_eq!(warm_start(1), fp32.full_rank);
     assert_eq!(warm_start(0), WeightBytes::default());
@@ -102,7 +102,7 @@ fn factors_that_stand_in_the_place_of_matrices_freeze_nothing() {
         "type": "factorized", "rank": 2, "scale": 2.0, "dropout": 0.0, "target_modules": ["q_proj", "down_proj"],
         "train_embeddings": true, "train_head": true
     });
-    let needs = MemoryNeeds::of(&spec(&[("/method", method)]), &choices(1, MergedPlan::Resident));
+    let needs = MemoryNeeds::of(&spec(&[("/method", method)]), &choices(1, MergedPlan::Resident), Device::Cpu);
     assert_eq!(needs.full_rank, WeightBytes::default());
     assert_eq!(needs.low_rank, WeightBytes { parameters: 16 * (1_160 - 320 + 144), ..WeightBytes::default() });
 }
@@ -110,28 +110,29 @@ fn factors_that_stand_in_the_place_of_matrices_freeze_nothing() {
 #[test]
 fn a_control_is_as_large_as_it_is_trained() {
     let method = json!({"type": "control", "rank": 2, "hidden_size": 4, "intermediate_size": 6});
-    let needs = MemoryNeeds::of(&spec(&[("/method", method)]), &choices(1, MergedPlan::Resident));
+    let needs = MemoryNeeds::of(&spec(&[("/method", method)]), &choices(1, MergedPlan::Resident), Device::Cpu);
     // A layer of 4x4 + 2x(2x4) + 4x4 + 3x(6x4) = 120, embeddings and head of 40, five norms of 4.
     assert_eq!(needs.full_rank.parameters, 16 * (2 * 120 + 80 + 20));
 }
 
 #[test]
 fn activations_grow_with_the_micro_batch_and_with_what_is_kept() {
-    let of = |precision: &str, recompute: &str| {
+    let on = |device, precision: &str, recompute: &str| {
         let spec = spec(&[("/precision", json!(precision)), ("/memory/recompute", json!(recompute))]);
-        MemoryNeeds::of(&spec, &choices(3, MergedPlan::Scratch))
+        MemoryNeeds::of(&spec, &choices(3, MergedPlan::Scratch), device)
     };
-    let activations = |precision: &str| ["none", "cheap", "layers"].map(|kept| of(precision, kept).activations);
+    let activations =
+        |precision: &str| ["none", "cheap", "layers"].map(|kept| on(Device::Cpu, precision, kept).activations);
     // A layer keeps of a token, in fp32: residuals 64, queries, keys and values 64, attention 32 + 8, gate and up 96.
     assert_eq!(activations("fp32"), [48 * 2 * (264 + 64 + 48), 48 * 2 * 264, 48 * (2 * 32 + 264)]);
     assert_eq!(activations("bf16"), [48 * 2 * (168 + 32 + 24), 48 * 2 * 168, 48 * (2 * 32 + 168)]);
     // Two heads have 16 probabilities for a token, in each layer, and scores with gradients in one.
-    let probabilities = |precision: &str, recompute: &str| of(precision, recompute).probabilities;
+    let probabilities = |precision: &str, recompute: &str| on(Device::Cuda, precision, recompute).probabilities;
     assert_eq!(probabilities("fp32", "cheap"), 48 * 32 * (2 * 4 + 4 + 4));
     assert_eq!(probabilities("bf16", "layers"), 48 * 32 * (2 + 4 + 2));
-    let fp32 = of("fp32", "none");
-    assert_eq!((fp32.transient, fp32.logits), (48 * (96 + 4 * 44), 4 * 48 * 10));
-    let many = MemoryNeeds::of(&spec(&[]), &choices(1_000, MergedPlan::Scratch));
+    let fp32 = on(Device::Cpu, "fp32", "none");
+    assert_eq!((fp32.transient, fp32.logits, fp32.probabilities), (48 * (96 + 4 * 44), 4 * 48 * 10, 0));
+    let many = MemoryNeeds::of(&spec(&[]), &choices(1_000, MergedPlan::Scratch), Device::Cpu);
     assert_eq!(many.logits, 4 * 1_024 * 10, "in chunks");
 }
 
@@ -222,6 +223,17 @@ fn advice(changes: &[(&str, Value)], share: i64) -> String {
 }
 
 #[test]
+fn a_shortage_is_of_what_is_given_and_not_of_what_may_be_chosen() {
+    let long = ("/batch/sequence_length", json!(64));
+    let given = [long.clone(), ("/batch/micro_batch_seqs", json!(100))];
+    let needed = bytes(&spec(&given), &choices(100, MergedPlan::Scratch), Device::Cpu);
+    assert_eq!(shortage(&spec(&given), Device::Cpu, needed), None);
+    let message = shortage(&spec(&given), Device::Cpu, needed - 1).expect("too few bytes");
+    assert!(message.contains("a micro-batch of 100 x 64 tokens"), "{message}");
+    assert_eq!(shortage(&spec(&[long]), Device::Cpu, needed / 2), None, "fewer sequences are chosen");
+}
+
+#[test]
 fn whoever_ran_out_of_memory_learns_what_would_fit() {
     let seqs = |seqs: i64| ("/batch/micro_batch_seqs", json!(seqs));
     // Of 100 sequences weights are less than a fiftieth.
@@ -274,7 +286,8 @@ fn the_estimate_names_its_parts() {
         ("/memory/frozen_weights", json!("int8")),
         ("/method/warm_start_steps", json!(1)),
     ];
-    let text = MemoryNeeds::of(&spec(&changes), &choices(4, MergedPlan::Scratch)).to_string();
+    let on = |device| MemoryNeeds::of(&spec(&changes), &choices(4, MergedPlan::Scratch), device).to_string();
+    let text = on(Device::Cpu);
     for part in [
         "at full rank the run holds",
         "at low rank the run holds",
@@ -288,5 +301,7 @@ fn the_estimate_names_its_parts() {
     ] {
         assert!(text.contains(part), "{part}: {text}");
     }
-    assert!(!text.contains("bf16"), "{text}");
+    assert!(!text.contains("bf16") && !text.contains("probabilities"), "{text}");
+    let on_a_gpu = on(Device::Cuda);
+    assert!(on_a_gpu.contains("of attention's probabilities") && !on_a_gpu.contains("frozen"), "{on_a_gpu}");
 }

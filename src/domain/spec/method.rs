@@ -217,6 +217,11 @@ impl MethodSpec {
         }
     }
 
+    /// Above which singular values are counted at every restart, where ranks are asked for.
+    pub fn rank_threshold(&self) -> Option<f64> {
+        self.relora()?.rank_threshold
+    }
+
     pub fn relora(&self) -> Option<&ReloraSpec> {
         match self {
             Self::Relora(relora) => Some(relora),
