@@ -27,7 +27,8 @@ mod trainer {
 
     /// Once per instruction set: the trainer chooses when it starts. Only the trainer is linked with them.
     fn compile_kernels() {
-        for file in ["kernels.cpp", "kernels.h", "attention.h", "kernels.cu", "emulated_gpu.cpp", "context.cpp"] {
+        let kernels = ["kernels.cpp", "kernels.h", "numbers.h", "attention.h", "dropout.h", "kernels.cu"];
+        for file in kernels.into_iter().chain(["emulated_gpu.cpp", "context.cpp"]) {
             println!("cargo::rerun-if-changed={NATIVE}/{file}");
         }
         // A product and a sum may be one operation; nothing else is allowed to change what is computed.

@@ -34,7 +34,11 @@ mod weights;
 mod writer;
 
 #[cfg(test)]
+mod continuation_tests;
+#[cfg(test)]
 mod loop_tests;
+#[cfg(test)]
+mod ops_tests;
 #[cfg(test)]
 mod oracle;
 #[cfg(test)]

@@ -68,7 +68,7 @@ impl Nodes {
         self.last_state_step = Some(state.step);
         if state.phase == Phase::LowRank {
             self.frozen_on_disk.insert(state.restart);
-            self.frozen_on_disk.extend(spec.method.relora().and_then(|relora| relora.rank_threshold).map(|_| 0));
+            self.frozen_on_disk.extend(spec.method.rank_threshold().map(|_| 0));
         }
     }
 

@@ -11,6 +11,9 @@ use super::{
     random::{Draws, Purpose},
 };
 
+/// Elements that libtorch's operations update at a time: 64 MiB of each buffer, and of what lies between operations.
+const ADAMW_PART_LEN: i64 = if cfg!(test) { 1 << 12 } else { 1 << 24 };
+
 pub enum Ops {
     Kernels(Kernels),
     Libtorch { sum_kind: Kind },
@@ -282,7 +285,7 @@ impl Ops {
     pub fn adamw(&self, buffers: [&Tensor; 4], decayed_len: i64, settings: &AdamwSettings) {
         match self {
             Self::Kernels(kernels) => kernels.adamw(buffers, decayed_len, settings),
-            Self::Libtorch { .. } => adamw(buffers.map(Tensor::shallow_clone), decayed_len, settings),
+            Self::Libtorch { .. } => adamw(buffers, decayed_len, settings),
         }
     }
 
@@ -299,7 +302,21 @@ impl Ops {
     }
 }
 
-fn adamw([mut value, gradient, mut exp_avg, mut exp_avg_sq]: [Tensor; 4], decayed_len: i64, settings: &AdamwSettings) {
+/// In parts, so that little lies in memory between operations, however large the buffers are.
+fn adamw(buffers: [&Tensor; 4], decayed_len: i64, settings: &AdamwSettings) {
+    let len = buffers[0].numel() as i64;
+    for start in (0..len).step_by(ADAMW_PART_LEN as usize) {
+        let part_len = ADAMW_PART_LEN.min(len - start);
+        let part = buffers.map(|buffer| buffer.narrow(0, start, part_len));
+        adamw_part(part, (decayed_len - start).clamp(0, part_len), settings);
+    }
+}
+
+fn adamw_part(
+    [mut value, gradient, mut exp_avg, mut exp_avg_sq]: [Tensor; 4],
+    decayed_len: i64,
+    settings: &AdamwSettings,
+) {
     let AdamwSettings { learning_rate, beta1, beta2, eps, weight_decay, correction1, correction2, gradient_scale } =
         *settings;
     let gradient = gradient * gradient_scale;

@@ -229,7 +229,7 @@ pub fn train(args: &Args, job: Job, events: &Events, commands: Receiver<Command>
     run.ranks = start_matrices.and_then(|start| run.rank_reporter(start));
     run.report_ranks_again();
     run.engine.profile(run.profile.clone());
-    let ending = run.train()?;
+    let (mut run, ending) = run.train()?;
     run.profile.finish()?;
     run.nodes.finish()?;
     let step = run.state.step;
@@ -293,8 +293,7 @@ impl Start {
             None => Weights::zeros(&spec.model, device),
         };
         file.read_tensors(state_dir, &mut weights)?;
-        let reports_ranks = spec.method.relora().is_some_and(|relora| relora.rank_threshold.is_some());
-        let start_matrices = match wrapping.filter(|_| reports_ranks) {
+        let start_matrices = match wrapping.and(spec.method.rank_threshold()) {
             Some(_) => Some(file.read_start(state_dir, spec)?),
             None => None,
         };

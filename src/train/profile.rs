@@ -1,7 +1,7 @@
 //! Where the time of an update goes: spans by name, written as a trace that Perfetto opens (the trace event format).
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     fs,
     path::{Path, PathBuf},
     rc::Rc,
@@ -13,9 +13,9 @@ use tch::{Cuda, Device};
 
 use super::error::TrainError;
 
-/// Updates that pass before spans are recorded: buffers are taken and kernels chosen in the first ones.
+/// Updates of a phase that pass before spans are recorded: buffers are taken and kernels chosen in the first ones.
 const WARMUP_UPDATES: i64 = 2;
-/// Updates that are recorded.
+/// Updates of a phase that are recorded.
 const PROFILED_UPDATES: i64 = 8;
 
 /// A recorder that all parts of a run share. Off, it costs a comparison.
@@ -26,7 +26,8 @@ struct Recorder {
     path: PathBuf,
     started: Instant,
     device: Device,
-    num_updates: RefCell<i64>,
+    /// Of this phase.
+    num_updates: Cell<i64>,
     events: RefCell<Vec<TraceEvent>>,
 }
 
@@ -57,7 +58,7 @@ impl Profile {
             path: path.to_owned(),
             started: Instant::now(),
             device,
-            num_updates: RefCell::new(0),
+            num_updates: Cell::new(0),
             events: RefCell::new(Vec::new()),
         })))
     }
@@ -74,20 +75,25 @@ impl Profile {
         Span { recorder, name, phase, start_us }
     }
 
-    /// Counts an update, and writes the file after the last one that is recorded.
+    /// The updates that follow are of another kind: so many of them are recorded again.
+    pub fn begin_phase(&self) {
+        self.0.iter().for_each(|recorder| recorder.num_updates.set(0));
+    }
+
+    /// Counts an update, and writes the file after the last one of a phase that is recorded.
     pub fn end_update(&self) -> Result<(), TrainError> {
         let Some(recorder) = &self.0 else { return Ok(()) };
-        *recorder.num_updates.borrow_mut() += 1;
-        match *recorder.num_updates.borrow() == WARMUP_UPDATES + PROFILED_UPDATES {
+        recorder.num_updates.set(recorder.num_updates.get() + 1);
+        match recorder.num_updates.get() == WARMUP_UPDATES + PROFILED_UPDATES {
             true => recorder.write(),
             false => Ok(()),
         }
     }
 
-    /// Writes what there is, at the end of a run that made fewer updates.
+    /// Writes what there is, at the end of a run whose last phase had fewer updates.
     pub fn finish(&self) -> Result<(), TrainError> {
         match &self.0 {
-            Some(recorder) if *recorder.num_updates.borrow() < WARMUP_UPDATES + PROFILED_UPDATES => recorder.write(),
+            Some(recorder) if recorder.num_updates.get() < WARMUP_UPDATES + PROFILED_UPDATES => recorder.write(),
             _ => Ok(()),
         }
     }
@@ -95,7 +101,7 @@ impl Profile {
 
 impl Recorder {
     fn is_recording(&self) -> bool {
-        (WARMUP_UPDATES..WARMUP_UPDATES + PROFILED_UPDATES).contains(&*self.num_updates.borrow())
+        (WARMUP_UPDATES..WARMUP_UPDATES + PROFILED_UPDATES).contains(&self.num_updates.get())
     }
 
     /// Work that was given to a GPU counts where it was given.
@@ -128,21 +134,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_profile_has_the_updates_after_the_first_ones() {
+    fn a_profile_has_the_updates_after_the_first_ones_of_each_phase() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("profile.json");
         let profile = Profile::to_file(&path, Device::Cpu);
-        for _ in 0..WARMUP_UPDATES + PROFILED_UPDATES + 3 {
-            let update = profile.span("update", "update");
-            drop(profile.span("forward", "attention"));
-            drop(update);
-            profile.end_update().unwrap();
+        for phase in ["full rank", "low rank"] {
+            profile.begin_phase();
+            for _ in 0..WARMUP_UPDATES + PROFILED_UPDATES + 3 {
+                let update = profile.span("update", phase);
+                drop(profile.span("forward", "attention"));
+                drop(update);
+                profile.end_update().unwrap();
+            }
         }
         profile.finish().unwrap();
         let trace: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
         let events = trace["traceEvents"].as_array().unwrap();
-        assert_eq!(events.len() as i64, 2 * PROFILED_UPDATES);
-        let (inner, outer) = (&events[0], &events[1]);
+        assert_eq!(events.len() as i64, 2 * 2 * PROFILED_UPDATES);
+        let (inner, outer, last) = (&events[0], &events[1], &events[events.len() - 1]);
+        assert_eq!((outer["name"].as_str(), last["name"].as_str()), (Some("full rank"), Some("low rank")));
         assert_eq!((inner["name"].as_str(), outer["cat"].as_str()), (Some("attention"), Some("update")));
         assert!(inner["ts"].as_f64() >= outer["ts"].as_f64() && inner["dur"].as_f64() <= outer["dur"].as_f64());
     }

@@ -100,7 +100,7 @@ impl Run {
     ///
     /// An update moves the step on; what falls between two updates happens once, before the next one, in a fixed
     /// order, so that a state written last holds all of it.
-    pub fn train(&mut self) -> Result<Ending, TrainError> {
+    pub fn train(mut self) -> Result<(Self, Ending), TrainError> {
         let mut report = None;
         loop {
             let step = self.state.step;
@@ -110,7 +110,7 @@ impl Run {
                 // The wrap and the restart: the function stays, what is trained changes.
                 let wraps = self.schedule.wraps_after(step);
                 if wraps {
-                    self.wrap();
+                    self = self.wrap();
                 }
                 if let Some(restart) = self.schedule.restart_after(step) {
                     self.restart(restart)?;
@@ -134,7 +134,7 @@ impl Run {
             }
             if is_last && !self.state.evaluation_due {
                 self.sample()?;
-                return Ok(Ending::Done);
+                return Ok((self, Ending::Done));
             }
 
             let Inbox { is_stopping, is_checkpoint_wanted, is_state_wanted, .. } = self.inbox.read();
@@ -147,7 +147,7 @@ impl Run {
                 self.nodes.save_state(&self.state, &self.weights, self.ranks.as_ref(), &self.spec)?;
             }
             if is_stopping {
-                return Ok(Ending::Stopped);
+                return Ok((self, Ending::Stopped));
             }
             self.nodes.check()?;
             if self.state.evaluation_due {
@@ -157,7 +157,7 @@ impl Run {
 
             let started = Instant::now();
             let learning_rate = self.schedule.learning_rate(step);
-            let span = self.profile.span("update", "update");
+            let span = self.profile.span("update", self.state.phase.name());
             let loss = self.accumulate_gradients();
             let (loss, grad_norm) = self.read(&loss, &self.gradient_square_sum());
             if !(loss.is_finite() && grad_norm.is_finite()) {
@@ -195,23 +195,28 @@ impl Run {
     }
 
     /// Freezes the matrices and puts factors beside them.
-    fn wrap(&mut self) {
-        let Some(wrapping) = Wrapping::of(&self.spec) else { return };
+    fn wrap(mut self) -> Self {
+        let Some(wrapping) = Wrapping::of(&self.spec) else { return self };
         tracing::info!(step = self.state.step, "wrap");
         // Without a warm start they are wrapped from the start.
         if self.weights.low_rank.is_none() {
+            // Its memory first: it holds gradients and copies of what is replaced.
+            drop(self.engine);
             wrapping.wrap(&mut self.weights);
+            self.engine = Engine::of(&self.spec, &self.weights, self.ops);
         }
-        self.engine = Engine::of(&self.spec, &self.weights, self.ops);
+        self.profile.begin_phase();
         self.engine.profile(self.profile.clone());
         self.state.phase = Phase::LowRank;
-        let start = self.weights.low_rank.as_ref().map(wrapped_matrices);
+        let wants_ranks = self.spec.method.rank_threshold().is_some();
+        let start = self.weights.low_rank.as_ref().filter(|_| wants_ranks).map(wrapped_matrices);
         self.ranks = start.and_then(|start| self.rank_reporter(start));
+        self
     }
 
     /// None where nobody asks for ranks. `start` are the wrapped matrices at the warm start.
     pub fn rank_reporter(&self, start: Vec<Tensor>) -> Option<RankReporter> {
-        let threshold = self.spec.method.relora()?.rank_threshold?;
+        let threshold = self.spec.method.rank_threshold()?;
         let wrapped = self.weights.low_rank.as_ref()?.wrapped.clone();
         Some(RankReporter::start(self.events.clone(), wrapped, start, threshold))
     }
@@ -296,9 +301,11 @@ impl Run {
         let batch = &self.spec.batch;
         let num_targets = (batch.num_seqs * (batch.sequence_length - 1)) as f64;
         let first_seq = batch.skip_seqs + self.state.num_batches * batch.num_seqs;
+        let span = self.profile.span("optimizer", "gradients to zero");
         for group in self.weights.groups_mut() {
             let _ = group.gradients.zero_();
         }
+        drop(span);
         let mut loss = Tensor::zeros([], (tch::Kind::Double, self.device));
         self.dataset.prefetch(first_seq + batch.num_seqs, batch.num_seqs);
         let mut done_seqs = 0;

@@ -69,6 +69,15 @@ pub enum Phase {
     LowRank,
 }
 
+impl Phase {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::FullRank => "full rank",
+            Self::LowRank => "low rank",
+        }
+    }
+}
+
 /// `state.json`.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

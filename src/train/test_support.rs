@@ -5,7 +5,7 @@ use std::{
     io::{self, Write},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex,
         mpsc::{self, Sender},
     },
 };
@@ -142,10 +142,6 @@ pub fn try_train(
         fs::create_dir(&data).expect("create data");
         write_data(&data);
     }
-    // Dropout draws from libtorch's one generator: two runs in one process would disturb each other.
-    static DROPOUT: Mutex<()> = Mutex::new(());
-    let has_dropout = spec.method.factors().is_some_and(|factors| factors.dropout > 0.0);
-    let _alone = has_dropout.then(|| DROPOUT.lock().unwrap_or_else(PoisonError::into_inner));
     let args = Args {
         spec: dir.join("spec.json"),
         data,

@@ -74,8 +74,7 @@ impl Attention {
         qkv: &Tensor,
         batch: &Batch,
         kept: &mut Attended,
-        dout: &Tensor,
-        dqkv: &Tensor,
+        (dout, dqkv): (&Tensor, &Tensor),
         ops: &Ops,
     ) {
         match ops.attention_kernels() {
@@ -125,7 +124,7 @@ mod tests {
         }
         attention.forward(&qkv, batch, &mut kept, ops);
         let dqkv = qkv.full_like(f64::NAN);
-        attention.backward(&qkv, batch, &mut kept, &dout, &dqkv, ops);
+        attention.backward(&qkv, batch, &mut kept, (&dout, &dqkv), ops);
         [kept.rows(&dout.size()).copy(), dqkv]
     }
 

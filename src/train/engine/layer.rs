@@ -116,6 +116,13 @@ impl Pass {
     }
 }
 
+/// What a layer is passed with: the micro-batch, and memory that is not the layer's own.
+pub struct Context<'a> {
+    pub batch: &'a Batch,
+    pub pass: &'a mut Pass,
+    pub shared: &'a mut Shared,
+}
+
 pub struct Layer {
     pub input_norm: Norm,
     pub post_attention_norm: Norm,
@@ -132,15 +139,8 @@ impl Layer {
 
     /// From x (n, h), which is first set to `mid` + the pass's branch where a mid is given. Leaves what the layer adds to
     /// its own mid, which it returns, in the pass's branch.
-    pub fn forward(
-        &self,
-        x: &Tensor,
-        mid: Option<&Tensor>,
-        batch: &Batch,
-        kept: &mut Kept,
-        pass: &mut Pass,
-        shared: &mut Shared,
-    ) -> Tensor {
+    pub fn forward(&self, x: &Tensor, mid: Option<&Tensor>, kept: &mut Kept, context: Context<'_>) -> Tensor {
+        let Context { batch, pass, shared } = context;
         let shape = x.size();
         let num_tokens = shape[0];
         let branch = pass.branch.take(&shape);
@@ -172,7 +172,9 @@ impl Layer {
         self.gate_up.forward(&normed, &gate_up, batch.masks, shared);
         drop(span);
         let product = product(kept, pass, &[num_tokens, self.down.inputs]);
+        let span = shared.profile.span("forward", "swiglu");
         shared.ops.swiglu(&gate_up, &product);
+        drop(span);
         let span = shared.profile.span("forward", "down");
         self.down.forward(&product, &branch, batch.masks, shared);
         drop(span);
@@ -181,15 +183,8 @@ impl Layer {
 
     /// Takes the stream's gradient from behind the layer to before it, and adds the gradients of the parameters. What
     /// was kept is used up.
-    pub fn backward(
-        &self,
-        x: &Tensor,
-        batch: &Batch,
-        kept: &mut Kept,
-        stream: &GradientStream,
-        pass: &mut Pass,
-        shared: &mut Shared,
-    ) {
+    pub fn backward(&self, x: &Tensor, kept: &mut Kept, stream: &GradientStream, context: Context<'_>) {
+        let Context { batch, pass, shared } = context;
         let shape = x.size();
         let num_tokens = shape[0];
         let dnormed = pass.dnormed.take(&shape);
@@ -197,6 +192,7 @@ impl Layer {
         let gate_up = kept.gate_up.take(&[num_tokens, self.gate_up.outputs]);
         let product = product(kept, pass, &[num_tokens, self.down.inputs]);
         if pass.recompute != Recompute::None {
+            let _span = shared.profile.span("backward", "swiglu again");
             shared.ops.swiglu(&gate_up, &product);
         }
         let dproduct = pass.dproduct.take(&product.size());
@@ -209,6 +205,7 @@ impl Layer {
         let (mid, rstd) = (kept.mid.take(&shape), kept.rstds[1].take(&[num_tokens]));
         let normed = normed(kept, pass, 1, &shape);
         if pass.recompute != Recompute::None {
+            let _span = shared.profile.span("backward", "norm again");
             self.post_attention_norm.forward(&mid, None, &normed, &rstd, shared);
         }
         let span = shared.profile.span("backward", "gate and up");
@@ -225,12 +222,13 @@ impl Layer {
         let qkv = kept.qkv.take(&[num_tokens, self.qkv.outputs]);
         let dqkv = pass.dqkv.take(&qkv.size());
         let span = shared.profile.span("backward", "attention");
-        pass.attention.backward(&qkv, batch, &mut kept.attended, &dattended, &dqkv, &shared.ops);
+        pass.attention.backward(&qkv, batch, &mut kept.attended, (&dattended, &dqkv), &shared.ops);
         drop(span);
         pass.rotate(&dqkv, batch, true, shared);
         let rstd = kept.rstds[0].take(&[num_tokens]);
         let normed = self::normed(kept, pass, 0, &shape);
         if pass.recompute != Recompute::None {
+            let _span = shared.profile.span("backward", "norm again");
             self.input_norm.forward(x, None, &normed, &rstd, shared);
         }
         let span = shared.profile.span("backward", "queries, keys, values");

@@ -7,6 +7,7 @@ mod attention;
 mod attention_products;
 mod graphs;
 mod layer;
+mod parts;
 mod projection;
 mod quantised;
 mod scratch;
@@ -14,23 +15,23 @@ mod shared;
 #[cfg(test)]
 mod tests;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use attention::Attention;
 use graphs::Graphs;
-use layer::{GradientStream, Kept, Layer, Norm, Pass};
-use projection::{Padded, Projection};
+use layer::{Context, GradientStream, Kept, Layer, Norm, Pass};
+use parts::Embedding;
+use projection::Projection;
 use scratch::Scratch;
 use shared::Shared;
 
 use super::{
-    model::{EMBEDDING, HEAD, linear_path},
     native::kernels::{Heads, MaskPlace},
     ops::{Ops, OpsChoice, sum_kind},
     profile::Profile,
-    weights::{Place, Weights},
+    weights::Weights,
 };
-use crate::domain::spec::{FrozenWeights, Linear, MergedPlan, ModelSpec, Precision, Recompute, TrainSpec};
+use crate::domain::spec::{FrozenWeights, MergedPlan, ModelSpec, Precision, Recompute, TrainSpec};
 
 /// Tokens whose logits are in memory at a time.
 const LOSS_CHUNK_TOKENS: i64 = 1_024;
@@ -111,11 +112,6 @@ pub struct Engine {
     is_stale: bool,
 }
 
-struct Embedding {
-    value: Tensor, // (v, h)
-    gradient: Option<Tensor>,
-}
-
 /// Memory for what lies behind the layers.
 struct LossBuffers {
     normed: Scratch,
@@ -153,15 +149,16 @@ impl Engine {
             num_key_value: spec.num_key_value_heads,
             dim: spec.head_dim(),
         };
-        let layers: Vec<_> = (0..spec.num_hidden_layers).map(|index| layer(spec, weights, index, &shared)).collect();
+        let layers: Vec<_> =
+            (0..spec.num_hidden_layers).map(|index| parts::layer(spec, weights, index, &shared)).collect();
         let num_kept = if settings.recompute == Recompute::Layers { 0 } else { layers.len() };
         let mut engine = Self {
-            embedding: embedding(weights),
+            embedding: parts::embedding(weights),
             norm: Norm::new(weights.place("model.norm.weight").expect("a norm trains"), spec.rms_norm_eps),
-            head: head(spec, weights, &shared),
+            head: parts::head(spec, weights, &shared),
             vocab_size: spec.vocab_size,
             recompute: settings.recompute,
-            pass: Pass::new(Attention::new(heads, products), settings.recompute, rotary(spec, sums), products),
+            pass: Pass::new(Attention::new(heads, products), settings.recompute, parts::rotary(spec, sums), products),
             inputs: (0..=layers.len()).map(|_| Scratch::new(sums)).collect(),
             kept: (0..num_kept).map(|_| Kept::new(products, sums)).collect(),
             passing: Kept::new(products, sums),
@@ -290,13 +287,16 @@ impl Engine {
         let _span = self.shared.profile.span("forward", "forward");
         let shape = [batch.tokens.size()[0], self.embedding.value.size()[1]];
         let first = self.inputs[0].take(&shape);
+        let span = self.shared.profile.span("forward", "embedding");
         let _ = self.embedding.value.index_select_out(&first, 0, &batch.tokens);
+        drop(span);
         let mut mid = None;
         for (index, layer) in self.layers.iter().enumerate() {
             let x = self.inputs[if keeps { index } else { index % 2 }].take(&shape);
             let kept = if keeps { self.kept.get_mut(index) } else { None };
             let kept = kept.unwrap_or(&mut self.passing);
-            mid = Some(layer.forward(&x, mid.as_ref(), batch, kept, &mut self.pass, &mut self.shared));
+            let context = Context { batch, pass: &mut self.pass, shared: &mut self.shared };
+            mid = Some(layer.forward(&x, mid.as_ref(), kept, context));
         }
         mid.expect("a model has a layer")
     }
@@ -307,6 +307,7 @@ impl Engine {
         let x = self.inputs[self.layers.len()].take(&shape);
         let (normed, rstd) = (self.loss.normed.take(&shape), self.loss.rstd.take(&shape[..1]));
         let branch = self.pass.branch(&shape);
+        let _span = self.shared.profile.span("loss", "norm");
         self.norm.forward(&x, Some((mid, &branch)), &normed, &rstd, &self.shared);
         (normed, rstd)
     }
@@ -346,65 +347,22 @@ impl Engine {
         let stream = GradientStream { sums: sums.take(&shape).zero_(), cast: casts.then(|| cast.take(&shape)) };
         let (dnormed, rstd) = (self.loss.dnormed.take(&shape), self.loss.rstd.take(&shape[..1]));
         let end = self.inputs[self.layers.len()].take(&shape);
+        let span = self.shared.profile.span("backward", "norm");
         self.norm.backward(&dnormed, &end, &rstd, &stream, &self.shared);
+        drop(span);
         for (index, layer) in self.layers.iter().enumerate().rev() {
             let x = self.inputs[index].take(&shape);
             let kept = self.kept.get_mut(index).unwrap_or(&mut self.passing);
             if self.recompute == Recompute::Layers {
-                let _ = layer.forward(&x, None, batch, kept, &mut self.pass, &mut self.shared);
+                let _span = self.shared.profile.span("backward", "layer again");
+                let context = Context { batch, pass: &mut self.pass, shared: &mut self.shared };
+                let _ = layer.forward(&x, None, kept, context);
             }
-            layer.backward(&x, batch, kept, &stream, &mut self.pass, &mut self.shared);
+            layer.backward(&x, kept, &stream, Context { batch, pass: &mut self.pass, shared: &mut self.shared });
         }
         if let Some(gradient) = &self.embedding.gradient {
             let _span = self.shared.profile.span("backward", "embedding");
             self.shared.ops.embedding_backward(&batch.tokens, &stream.sums, gradient);
         }
     }
-}
-
-fn layer(spec: &ModelSpec, weights: &Weights, index: i64, shared: &Shared) -> Layer {
-    let norm = |name: &str| {
-        let place = weights.place(&format!("model.layers.{index}.{name}.weight"));
-        Norm::new(place.expect("a norm trains"), spec.rms_norm_eps)
-    };
-    let shapes = spec.linear_shapes();
-    let intermediate = shared.padded(spec.intermediate_size);
-    let projection = |linears: &[usize], padded: Padded| {
-        let matrix = |&linear: &usize| weights.matrix(&linear_path(index, Linear::ALL[linear]), shapes[linear]);
-        Projection::new(linears.iter().map(matrix).collect(), 7 * index + linears[0] as i64, padded, shared)
-    };
-    let as_they_are = Padded { rows: None, inputs: spec.hidden_size };
-    Layer {
-        input_norm: norm("input_layernorm"),
-        post_attention_norm: norm("post_attention_layernorm"),
-        qkv: projection(&[0, 1, 2], as_they_are),
-        output: projection(&[3], as_they_are),
-        gate_up: projection(&[4, 5], Padded { rows: Some(intermediate), ..as_they_are }),
-        down: projection(&[6], Padded { rows: None, inputs: intermediate }),
-    }
-}
-
-fn head(spec: &ModelSpec, weights: &Weights, shared: &Shared) -> Projection {
-    let name = if spec.tie_word_embeddings { EMBEDDING } else { HEAD };
-    let shape = (spec.vocab_size, spec.hidden_size);
-    let matrix = weights.matrix(name.trim_end_matches(".weight"), shape);
-    let padded = Padded { rows: Some(shared.padded(spec.vocab_size)), inputs: spec.hidden_size };
-    Projection::new(vec![matrix], 7 * spec.num_hidden_layers, padded, shared)
-}
-
-fn embedding(weights: &Weights) -> Embedding {
-    match weights.place(EMBEDDING) {
-        Some(Place { value, gradient }) => Embedding { value, gradient: Some(gradient) },
-        None => Embedding { value: weights.master(EMBEDDING).expect("a model has an embedding"), gradient: None },
-    }
-}
-
-/// Cosines and sines of rotary position embedding in the half-split form: element i is turned together with element
-/// i + d/2. Both (positions, d/2).
-fn rotary(spec: &ModelSpec, sums: (Kind, Device)) -> (Tensor, Tensor) {
-    let dim = spec.head_dim();
-    let frequencies: Vec<_> = (0..dim / 2).map(|i| spec.rope_theta.powf(-2.0 * i as f64 / dim as f64) as f32).collect();
-    let positions = Tensor::arange(spec.max_position_embeddings, sums);
-    let angles = positions.outer(&Tensor::from_slice(&frequencies).to_kind(sums.0).to_device(sums.1));
-    (angles.cos(), angles.sin())
 }

@@ -39,8 +39,6 @@ constexpr int64_t TILE_QUERIES = 64;
 
 inline int64_t round_up(int64_t len, int64_t to) { return (len + to - 1) / to * to; }
 
-// --- Products ---
-
 // The left side of a product: pair k of row i begins at cells[PAIR · (i · row + k · step)].
 template <class T> struct Left {
     const Cell<T>* cells;
@@ -182,8 +180,6 @@ template <class T> void store_rows(int64_t rows, int64_t d, const Sum<T>* x, int
     }
 }
 
-// --- The memory of a thread ---
-
 template <class T> struct AttentionSpace {
     int64_t keys, width;              // t and d, in whole tiles
     Sum<T> *scores, *dp;              // (queries of a tile, keys)
@@ -226,8 +222,6 @@ template <class T, class F> void for_each_group(int threads, const relora_heads*
             f(space, task / groups, task % groups);
     });
 }
-
-// --- Attention ---
 
 // p = softmax(scale · scores) of a row, which sees its first `seen` columns; the rest of its `width` is 0. Returns the
 // logarithm of the sum. Writes over the scores.

@@ -49,8 +49,6 @@ using std::exp;
 using std::log;
 using std::sqrt;
 
-// --- Threads ---
-
 constexpr int STACK_BYTES = 64 * 1024;
 
 ucontext_t contexts[THREADS], caller;
@@ -99,8 +97,6 @@ void run_block() {
     threadIdx.x = 0;
     swapcontext(&caller, &contexts[0]);
 }
-
-// --- Kernels by name ---
 
 // Calls a kernel with its arguments as a launch gets them: an address for each.
 template <class... A, size_t... I>

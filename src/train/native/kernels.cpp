@@ -18,72 +18,7 @@
 
 namespace {
 
-// --- Numbers ---
-
-struct bf16 {
-    uint16_t bits;
-};
-
-template <class T> struct SumOf { using type = T; };
-template <> struct SumOf<bf16> { using type = float; };
-template <class T> using Sum = typename SumOf<T>::type;
-
-inline float load(float x) { return x; }
-inline double load(double x) { return x; }
-inline float load(bf16 x) {
-    uint32_t bits = uint32_t(x.bits) << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline void store(float& to, float x) { to = x; }
-inline void store(double& to, double x) { to = x; }
-inline void store(bf16& to, float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
-    to.bits = uint16_t(x != x ? 0x7fc0 : rounded >> 16);
-}
-
-// How e^x is computed: as 2^n · e^r with |r| <= ln 2 / 2, the second by its Taylor series. Outside of [low, high] x is
-// moved there.
-template <class S> struct Exp;
-template <> struct Exp<float> {
-    using Int = int32_t;
-    static constexpr int degree = 7, mantissa_bits = 23, bias = 127;
-    static constexpr float low = -87.0f, high = 88.0f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-};
-template <> struct Exp<double> {
-    using Int = int64_t;
-    static constexpr int degree = 13, mantissa_bits = 52, bias = 1023;
-    static constexpr double low = -708.0, high = 709.0, ln2_high = 6.93147180369123816490e-01,
-                            ln2_low = 1.90821492927058770002e-10;
-};
-
-constexpr double inverse_factorial(int n) { return n == 0 ? 1.0 : inverse_factorial(n - 1) / n; }
-
-template <class S, int K> inline S taylor(S r) {
-    if constexpr (K == Exp<S>::degree) {
-        return S(inverse_factorial(K));
-    } else {
-        return S(inverse_factorial(K)) + r * taylor<S, K + 1>(r);
-    }
-}
-
-template <class S> inline S exp_of(S x) {
-    using E = Exp<S>;
-    x = x < E::low ? E::low : x;  // a NaN passes both
-    x = x > E::high ? E::high : x;
-    S n = std::rint(x * S(1.4426950408889634));
-    S r = (x - n * E::ln2_high) - n * E::ln2_low;
-    typename E::Int bits = (typename E::Int(n) + E::bias) << E::mantissa_bits;
-    S power;
-    memcpy(&power, &bits, sizeof power);
-    return taylor<S, 0>(r) * power;
-}
-
-// --- Threads ---
+#include "numbers.h"
 
 // Calls f(0) to f(n - 1). With little work, on this thread alone.
 template <class F> inline void parallel_for(int64_t n, int64_t work_each, int threads, const F& f) {
@@ -104,8 +39,6 @@ constexpr int64_t BLOCK = 16384;
 
 inline int64_t num_blocks(int64_t len, int64_t block) { return (len + block - 1) / block; }
 inline int64_t end_of(int64_t b, int64_t len, int64_t block) { return (b + 1) * block < len ? (b + 1) * block : len; }
-
-// --- RMSNorm ---
 
 // y = x / rms(x) · weight, where x first becomes sum = x + branch if there is a branch. rstd is 1 / rms of every row.
 template <class T>
@@ -177,8 +110,6 @@ void rms_norm_backward(int threads, int64_t rows, int64_t width, const void* dy_
     delete[] partials;
 }
 
-// --- Rotary position embedding ---
-
 // Turns the first `heads` heads of every row of x in place, each element i of a half together with i + dim / 2. A row's
 // position is its number modulo seq_len. cos and sin are (positions, dim / 2); backwards the turn is undone.
 template <class T>
@@ -205,8 +136,6 @@ void rotate(int threads, int64_t rows, int64_t row_width, int64_t seq_len, int64
 
 #include "attention.h"
 
-// --- SwiGLU ---
-
 // product = silu(gate) · up; a row of gate_up is a gate and then an up, each of this width.
 template <class T> void swiglu(int threads, int64_t rows, int64_t width, const void* gate_up_, void* product_) {
     using S = Sum<T>;
@@ -224,7 +153,8 @@ template <class T> void swiglu(int threads, int64_t rows, int64_t width, const v
 }
 
 // Replaces gate and up by their gradients.
-template <class T> void swiglu_backward(int threads, int64_t rows, int64_t width, const void* dproduct_, void* gate_up_) {
+template <class T>
+void swiglu_backward(int threads, int64_t rows, int64_t width, const void* dproduct_, void* gate_up_) {
     using S = Sum<T>;
     const T* dproducts = (const T*)dproduct_;
     T* gate_ups = (T*)gate_up_;
@@ -240,8 +170,6 @@ template <class T> void swiglu_backward(int threads, int64_t rows, int64_t width
         }
     });
 }
-
-// --- Cross-entropy ---
 
 // losses = -log softmax(logits)[target] of every row. With a scale, the logits are replaced by their gradients times
 // scale; columns from `vocab` on are padding, which no softmax sees.
@@ -270,8 +198,6 @@ void cross_entropy(int threads, int64_t rows, int64_t vocab, int64_t row_width, 
     });
 }
 
-// --- Embedding ---
-
 // dweight[ids[row]] += dx[row], in the order of the rows: every thread has columns of its own.
 template <class T>
 void embedding_backward(int threads, int64_t rows, int64_t width, const int64_t* ids, const void* dx_, void* dweight_) {
@@ -289,8 +215,6 @@ void embedding_backward(int threads, int64_t rows, int64_t width, const int64_t*
         }
     });
 }
-
-// --- Weights ---
 
 // to = T(from + scale · delta), a merged matrix.
 template <class T>
@@ -352,62 +276,7 @@ template <class T> void accumulate(int threads, int64_t len, const void* from_, 
     });
 }
 
-// --- Dropout ---
-
-// Philox4x32 with 10 rounds (Salmon et al. 2011): four words from a counter of four and a key of two.
-inline void philox(uint32_t (&c)[4], uint32_t key0, uint32_t key1) {
-    for (int round = 0; round < 10; ++round) {
-        uint64_t a = uint64_t(c[0]) * 0xD2511F53u, b = uint64_t(c[2]) * 0xCD9E8D57u;
-        uint32_t next0 = uint32_t(b >> 32) ^ c[1] ^ key0, next2 = uint32_t(a >> 32) ^ c[3] ^ key1;
-        c[1] = uint32_t(b);
-        c[3] = uint32_t(a);
-        c[0] = next0;
-        c[2] = next2;
-        key0 += 0x9E3779B9u;
-        key1 += 0xBB67AE85u;
-    }
-}
-
-// to = x · mask / keep, or with `adds` to += it. The mask of a row depends on its sequence, its position and `place`
-// alone; word w of a row's block j is the draw of column w · quarter + j. Columns from `width` on are padding.
-template <class T>
-void dropout(int threads, int64_t rows, int64_t width, int64_t row_width, int64_t seq_len, const void* x_, double keep, uint64_t seed,
-             uint32_t first_seq, uint32_t place, int adds, void* to_) {
-    using S = Sum<T>;
-    const T* xs = (const T*)x_;
-    T* tos = (T*)to_;
-    int64_t quarter = num_blocks(width, 4);
-    uint64_t threshold = uint64_t(keep * 4294967296.0);
-    S scale = S(1.0 / keep);
-    constexpr int64_t LANES = 64;
-    parallel_for(rows, 16 * width, threads, [=](int64_t row) {
-        const T* x = xs + row * row_width;
-        T* to = tos + row * row_width;
-        for (int64_t i = width; !adds && i < row_width; ++i) store(to[i], S(0));
-        uint32_t position = uint32_t(row % seq_len), seq = first_seq + uint32_t(row / seq_len);
-        for (int64_t start = 0; start < quarter; start += LANES) {
-            uint32_t words[4][LANES];
-#pragma omp simd
-            for (int64_t lane = 0; lane < LANES; ++lane) {
-                uint32_t c[4] = {uint32_t(start + lane), position, place, seq};
-                philox(c, uint32_t(seed), uint32_t(seed >> 32));
-                for (int w = 0; w < 4; ++w) words[w][lane] = c[w];
-            }
-            for (int w = 0; w < 4; ++w) {
-                int64_t first = w * quarter + start, end = (w + 1) * quarter;
-                end = end < width ? end : width;
-                end = end < first + LANES ? end : first + LANES;
-#pragma omp simd
-                for (int64_t i = first; i < end; ++i) {
-                    S kept = words[w][i - first] < threshold ? load(x[i]) * scale : S(0);
-                    store(to[i], adds ? load(to[i]) + kept : kept);
-                }
-            }
-        }
-    });
-}
-
-// --- Optimizer ---
+#include "dropout.h"
 
 // One update of AdamW, as torch.optim.AdamW has it; the gradient is scaled first. Weight decay ends at decayed_len.
 template <class T>

@@ -25,8 +25,6 @@ typedef long long i64;
 typedef unsigned long long u64;
 typedef unsigned int u32;
 
-// --- Numbers ---
-
 DEVICE float load(float x) { return x; }
 DEVICE double load(double x) { return x; }
 DEVICE float load(bf16 x) { return __uint_as_float(u32(x.bits) << 16); }
@@ -38,8 +36,6 @@ DEVICE void store(bf16& to, float x) {
     u32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
     to.bits = (unsigned short)(x != x ? 0x7fc0 : rounded);
 }
-
-// --- Blocks ---
 
 struct Add {
     template <class V> DEVICE V operator()(V a, V b) const { return a + b; }
@@ -64,8 +60,6 @@ template <class V, class Join> DEVICE V of_block(V value, Join join) {
 
 // This thread's number among those of all blocks.
 DEVICE i64 thread_number() { return i64(blockIdx.x) * THREADS + threadIdx.x; }
-
-// --- RMSNorm ---
 
 // A block to a row. y = x / rms(x) · weight, where x first becomes sum = x + branch if there is a branch.
 KERNEL rms_norm(i64 width, const Sum* x, const T* branch, const Sum* weight, double eps, Sum* sum, T* y, Sum* rstd) {
@@ -113,8 +107,6 @@ KERNEL add_rows(i64 num_rows, i64 width, const Sum* rows, Sum* to) {
     for (i64 row = 0; row < num_rows; ++row) to[column] += rows[row * width + column];
 }
 
-// --- Rotary position embedding ---
-
 // A thread to a pair of elements. Turns the first `heads` heads of every row of x in place, or back.
 KERNEL rotate(i64 rows, i64 row_width, i64 sequence_length, i64 heads, i64 half, T* x, const Sum* cos, const Sum* sin,
               int backwards) {
@@ -126,8 +118,6 @@ KERNEL rotate(i64 rows, i64 row_width, i64 sequence_length, i64 heads, i64 half,
     store(first[0], a * c - b * s);
     store(first[half], b * c + a * s);
 }
-
-// --- Attention ---
 
 // A block to a row. probabilities = softmax(scale · scores) of square matrices, row i of which sees its columns up to i.
 KERNEL causal_softmax(i64 width, const Sum* scores, double scale_, T* probabilities) {
@@ -156,8 +146,6 @@ KERNEL causal_softmax_backward(i64 width, const T* probabilities, double scale, 
     }
 }
 
-// --- SwiGLU ---
-
 // A thread to an element. product = silu(gate) · up; a row of gate_up is a gate and then an up.
 KERNEL swiglu(i64 rows, i64 width, const T* gate_up, T* product) {
     const i64 number = thread_number(), row = number / width;
@@ -177,8 +165,6 @@ KERNEL swiglu_backward(i64 rows, i64 width, const T* dproduct, T* gate_up) {
     store(gate[0], d * u * sigmoid * (Sum(1) + g * (Sum(1) - sigmoid)));
     store(gate[width], d * g * sigmoid);
 }
-
-// --- Cross-entropy ---
 
 // A block to a row. losses = -log softmax(logits)[target]. With a scale, the logits are replaced by their gradients
 // times scale; columns from `vocab` on are padding, which no softmax sees.
@@ -200,8 +186,6 @@ KERNEL cross_entropy(i64 vocab, i64 row_width, T* all_logits, const i64* targets
     }
 }
 
-// --- Embedding ---
-
 // A block to a row of dx. The first row with an identifier adds itself and all later ones with it to dweight.
 KERNEL embedding_backward(i64 rows, i64 width, const i64* ids, const Sum* dx, Sum* dweight) {
     __shared__ bool hits[THREADS];
@@ -221,8 +205,6 @@ KERNEL embedding_backward(i64 rows, i64 width, const i64* ids, const Sum* dx, Su
         __syncthreads();
     }
 }
-
-// --- Weights ---
 
 // A thread to an element, here and below. to = from + scale · delta, a merged matrix.
 KERNEL add_scaled(i64 len, const Sum* from, const T* delta, double scale, T* to) {
@@ -251,8 +233,6 @@ KERNEL accumulate(i64 len, const T* from, Sum* sum) {
     const i64 i = thread_number();
     if (i < len) sum[i] += load(from[i]);
 }
-
-// --- Dropout ---
 
 // Philox4x32 with 10 rounds (Salmon et al. 2011): four words from a counter of four and a key of two.
 DEVICE void philox(u32 (&c)[4], u32 key0, u32 key1) {
@@ -286,8 +266,6 @@ KERNEL dropout(i64 rows, i64 width, i64 row_width, i64 sequence_length, const T*
     }
     for (i64 i = width + number; !adds && i < row_width; i += quarter) store(to[row * row_width + i], Sum(0));
 }
-
-// --- Optimizer ---
 
 // One update of AdamW, as torch.optim.AdamW has it; the gradient is scaled first. Weight decay ends at decayed_len.
 KERNEL adamw(i64 len, i64 decayed_len, Sum* value, const Sum* gradient, Sum* exp_avg, Sum* exp_avg_sq, Adamw o) {

@@ -1,4 +1,4 @@
-// The table of the CPU's kernels: one per kind of element. kernels.rs has the same types in the same order.
+// The table of kernels: one per kind of element, for the CPU or for a GPU. table.rs has the same types in the same order.
 
 #pragma once
 
