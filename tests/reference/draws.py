@@ -74,9 +74,6 @@ def row_order(seed, num_rows, pass_index):
     return x.tolist()
 
 
-# --- What one run draws ---
-
-
 def initial_weights(model, seed):
     """Matrices normal around zero, norms one."""
     return {

@@ -43,9 +43,6 @@ class Trajectory:
     weights: dict
 
 
-# --- The model ---
-
-
 def parameter_shapes(m):
     """Name -> shape, in the order in which initial weights are drawn."""
     h, f, v = m["hidden_size"], m["intermediate_size"], m["vocab_size"]
@@ -119,9 +116,6 @@ class Model:
         return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), rows[:, 1:].reshape(-1))
 
 
-# --- The schedule ---
-
-
 def low_rank_start(spec):
     """The updates that are done when factors come in."""
     method = spec["method"]
@@ -167,9 +161,6 @@ def learning_rate(spec, step):
         return o["learning_rate"] * cyclical_cosine(t, every, warmup, floor)
     return o["learning_rate"] * jagged_cosine(
         t, total, warmup, every, method["restart_warmup_steps"], method["restart_lr"], floor)
-
-
-# --- The low-rank phase ---
 
 
 def adamw(parameters, o):
@@ -249,9 +240,6 @@ def reset_optimizer(optimizer, model, reset, inputs, number):
             moment.mul_(mask)
         if reset["reset_step_count"]:
             state["step"].zero_()
-
-
-# --- Training ---
 
 
 def update(model, optimizers, rows, rate, clip_norm):

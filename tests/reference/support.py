@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import subprocess
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,10 @@ LOW_RANK = {
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "train_embeddings": True, "train_head": True,
 }
+
+
+# After which a trainer is killed.
+TIMEOUT_S = 300
 
 
 def spec(model, method, optimizer, schedule, batch, **others):
@@ -71,9 +76,11 @@ class Run:
         if resume:
             command += ["--resume", resume]
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        limits = [address_space_bytes or resource.RLIM_INFINITY] * 2
-        limit = partial(resource.setrlimit, resource.RLIMIT_AS, limits)
+        limits = [address_space_bytes] * 2
+        limit = partial(resource.setrlimit, resource.RLIMIT_AS, limits) if address_space_bytes else None
         process = subprocess.Popen(command, **pipes, text=True, preexec_fn=limit)
+        timer = threading.Timer(TIMEOUT_S, process.kill)
+        timer.start()
         self.events = []
         for line in process.stdout:
             event = json.loads(line)
@@ -84,6 +91,7 @@ class Run:
                     process.stdin.flush()
         self.log = process.stderr.read()
         self.exit_code = process.wait()
+        timer.cancel()
 
     def of(self, kind):
         return [event for event in self.events if event["event"] == kind]

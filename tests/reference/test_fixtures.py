@@ -55,9 +55,6 @@ def largest_error(got, want):
     return np.abs(np.array(got) / np.array(want) - 1).max()
 
 
-# --- The fixtures ---
-
-
 @pytest.mark.parametrize("name", fixtures.TRAJECTORIES)
 def test_the_reference_repeats_its_trajectory(name):
     """Not to the bit: sums are taken in another order on another processor, and twelve digits are stored."""
@@ -102,9 +99,6 @@ def test_transformers_computes_the_first_loss():
         loss = model(rows, labels=rows).loss.item()
     # transformers computes its norms and rotations in fp32.
     assert abs(loss - trajectory["losses"][0]) < 1e-6
-
-
-# --- What the comparison can tell apart ---
 
 
 def test_no_two_methods_have_one_trajectory():
@@ -158,9 +152,6 @@ def test_a_mistake_would_be_seen(monkeypatch, name, function, mistake):
     run = reference.train(trajectory["spec"], fixtures.stored_inputs(trajectory["spec"]))
     assert largest_error(run.losses, trajectory["losses"]) > 10 * LOSS_RTOL
     assert max(weight_errors(run.weights, weights).values()) > 10 * WEIGHT_TOLERANCE
-
-
-# --- The trainer ---
 
 
 @pytest.mark.parametrize("name", fixtures.TRAJECTORIES)

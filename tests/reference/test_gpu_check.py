@@ -1,0 +1,55 @@
+"""scripts/gpu-check with the CPU in the place of a GPU: that it checks what it says, and finds what is wrong."""
+
+from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu-check"
+
+
+@pytest.fixture
+def gpu_check(monkeypatch):
+    loader = SourceFileLoader("gpu_check", str(SCRIPT))
+    module = module_from_spec(spec_from_loader("gpu_check", loader))
+    loader.exec_module(module)
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "CHECKS", {name: module.CHECKS[name] for name in ["relora", "int8", "nf4"]})
+    monkeypatch.setattr(module.fixtures, "TRAJECTORIES", {"magnitude": module.fixtures.TRAJECTORIES["magnitude"]})
+    return module
+
+
+def results_of(gpu_check, folder):
+    data = gpu_check.write_data(folder / "data")
+    with ThreadPoolExecutor(2) as pool:
+        cpu = gpu_check.run_on_cpu(data, folder, pool)
+        return {result["check"]: result for result in gpu_check.check_all("libtorch", cpu, data, folder / "ops", pool)}
+
+
+def test_a_device_that_computes_as_the_cpu_does_holds(gpu_check, tmp_path):
+    results = results_of(gpu_check, tmp_path)
+    assert list(results) == ["relora", "int8", "nf4", *gpu_check.GRADIENTS, "fixture magnitude"]
+    assert [result for result in results.values() if not result["held"]] == []
+    assert results["relora"]["weight_error"] == 0 and results["relora"]["last_loss"] < 6
+    assert 0 < results["nf4"]["loss_error_to_fp32"] < gpu_check.QUANTISED_BOUNDS["nf4"]
+    assert results["gradients at full rank"]["gradients"] == 3 + 3 * 9
+    assert results["gradients at low rank"]["gradients"] == 3 + 3 * (2 + 2 * 7)
+
+
+def test_a_device_that_computes_something_else_is_found(gpu_check, tmp_path, monkeypatch):
+    """Here it turns queries and keys by slightly other angles."""
+    original = gpu_check.spec_of
+
+    def another_theta(method, changes, device):
+        made = original(method, changes, "cpu")
+        made["model"]["rope_theta"] *= 1.1 if device == "other" else 1.0
+        return made
+
+    monkeypatch.setattr(gpu_check, "spec_of", another_theta)
+    monkeypatch.setattr(gpu_check, "DEVICE", "other")
+    results = results_of(gpu_check, tmp_path)
+    assert [result for result in results.values() if result["held"]] == []
+    assert results["relora"]["same_bits_from_a_state"], results
+    assert "unknown variant `other`" in results["fixture magnitude"]["detail"], results
