@@ -58,6 +58,9 @@ def row_of(measurements, num_runs):
             "eager_optimizer": EAGER_OPTIMIZERS[sides["eager"]] if speeds["eager"] else None,
             "eager_fused_tokens_per_s": measurements.median("eager_fused", "tokens_per_s"),
             "eager_unfused_tokens_per_s": measurements.median("eager_unfused", "tokens_per_s"),
+            "library_tokens_per_s": measurements.median("library", "tokens_per_s"),
+            "library_peak_bytes": measurements.median("library", "peak_bytes"),
+            "library_error": measurements.errors.get("library"),
             "speed_over_eager": ratio(speeds["ours"], speeds["eager"]),
             "speed_over_compiled": ratio(speeds["ours"], speeds["compiled"]),
             "cpu_speed_over_eager": ratio(cpu_speeds["ours"], cpu_speeds["eager"]),
@@ -96,6 +99,7 @@ COLUMNS = [
     ("eager", 8, "eager_peak_bytes", "mib"),
     ("compiled", 9, "compiled_peak_bytes", "mib"),
     ("/eager", 7, "peak_over_eager", "{:.2f}"),
+    ("weights", 8, "frozen_weight_bytes", "mib"),
     ("ours", 6, "ours_products_frac", "{:.0%}"),
     ("eager", 6, "eager_products_frac", "{:.0%}"),
     ("comp.", 6, "compiled_products_frac", "{:.0%}"),
@@ -104,7 +108,8 @@ NAME_WIDTH = 48
 
 
 def table_head():
-    groups = f"{'':{NAME_WIDTH}}{'tokens/s':>25}{'speed':>14}{'per CPU s':>14}{'peak, MiB':>25}{'':>7}{'of products':>18}"
+    groups = f"{'':{NAME_WIDTH}}{'tokens/s':>25}{'speed':>14}{'per CPU s':>14}{'peak, MiB':>25}{'':>7}"
+    groups += f"{'frozen':>8}{'of products':>18}"
     headings = "".join(f"{heading:>{width}}" for heading, width, _, _ in COLUMNS)
     return f"{groups}\n{'':{NAME_WIDTH}}{headings}"
 

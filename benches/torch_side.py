@@ -24,10 +24,10 @@ PRODUCT_S = 0.2
 SQUARE_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
-def train(case, data, is_fused, is_compiled):
+def train(case, data, is_fused=True, is_compiled=False, model_class=Llama):
     """Trains for some updates and returns their figures."""
     device = torch.device(case.device)
-    model = Llama(case).to(device, DTYPES[case.dtype])
+    model = model_class(case).to(device, DTYPES[case.dtype])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # Without `fused` PyTorch takes what it takes by default: foreach on a GPU, a loop on the CPU.
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=is_fused or None, **ADAMW)
@@ -45,6 +45,12 @@ def train(case, data, is_fused, is_compiled):
     if case.device == "cuda":
         figures["peak_bytes"] = torch.cuda.max_memory_allocated()
     return figures
+
+
+def train_library(case, data):
+    from . import library  # what it imports is there where tests run, and need not be beside a GPU
+
+    return train(case, data, model_class=library.Llama)
 
 
 def read_batches(case, data, device):
@@ -96,15 +102,15 @@ def measure_products(case, _data):
 
 
 def time_product(case, m, k, n, layout):
-    """The time of one product (m, k) (k, n), and the processor time."""
-    left, right = matrix(case, m, k, layout[0]), matrix(case, k, n, layout[1])
-    torch.mm(left, right)
+    """The time of one product (m, k) (k, n) into memory that is there, and the processor time."""
+    left, right, out = matrix(case, m, k, layout[0]), matrix(case, k, n, layout[1]), matrix(case, m, n, "n")
+    torch.mm(left, right, out=out)
     count = 1
     while True:
         synchronize(case)
         started_s, started_cpu_s = time.perf_counter(), time.process_time()
         for _ in range(count):
-            torch.mm(left, right)
+            torch.mm(left, right, out=out)
         synchronize(case)
         elapsed_s, elapsed_cpu_s = time.perf_counter() - started_s, time.process_time() - started_cpu_s
         if elapsed_s >= PRODUCT_S:
@@ -119,9 +125,10 @@ def matrix(case, num_rows, num_columns, layout):
 
 
 SIDES = {
-    "eager_fused": partial(train, is_fused=True, is_compiled=False),
-    "eager_unfused": partial(train, is_fused=False, is_compiled=False),
-    "compiled": partial(train, is_fused=True, is_compiled=True),
+    "eager_fused": train,
+    "eager_unfused": partial(train, is_fused=False),
+    "compiled": partial(train, is_compiled=True),
+    "library": train_library,
     "products": measure_products,
 }
 

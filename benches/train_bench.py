@@ -24,7 +24,8 @@ OUT = TARGET / "bench"
 # Timed updates of one measurement.
 NUM_STEPS = {"cpu": 5, "cuda": 50}
 
-SIDES = ["ours", "eager_fused", "eager_unfused", "compiled", "products"]
+SIDES = ["ours", "eager_fused", "eager_unfused", "compiled", "library", "products"]
+DEFAULT_SIDES = [side for side in SIDES if side != "library"]
 MEMORY_ROWS = [
     {"recompute": recompute, "frozen_weights": frozen_weights, "merged_weights": merged_weights}
     for recompute, frozen_weights, merged_weights in [
@@ -56,10 +57,11 @@ def parse_arguments():
     parser.add_argument("--steps", type=positive, help="timed updates of a measurement; 5, or 50 on a GPU")
     parser.add_argument("--runs", type=positive, default=3, help="measurements of every side, in turns; 3")
     parser.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)), help="by default all cores")
-    parser.add_argument("--sides", type=names(SIDES), default=SIDES, help=f"of {', '.join(SIDES)}; all")
-    parser.add_argument("--deterministic", action="store_true", help="our trainer as specs have it by default")
-    parser.add_argument("--memory-rows", action="store_true",
-                        help="after each low-rank row, our trainer alone by settings of the spec's memory section")
+    parser.add_argument("--sides", type=names(SIDES), default=DEFAULT_SIDES,
+                        help=f"of {', '.join(SIDES)}; all but library")
+    parser.add_argument("--memory-rows", action=argparse.BooleanOptionalAction, default=True,
+                        help="after each low-rank row without dropout, our trainer alone by settings of the spec's "
+                             "memory section; yes")
     arguments = parser.parse_args()
     arguments.device = arguments.device or found_device()
     arguments.steps = arguments.steps or NUM_STEPS[arguments.device]
@@ -95,14 +97,20 @@ def found_device():
 
 
 def cases_of(arguments):
-    """Every case, small models first; dropout belongs to the low-rank branch alone."""
+    """Every case and its sides, small models first; dropout belongs to the low-rank branch alone.
+
+    Our trainer is measured alone with settings of its memory section, and on a GPU with deterministic algorithms.
+    """
     for model, dtype, method in itertools.product(arguments.models, arguments.dtypes, arguments.methods):
         for dropout in arguments.dropouts if method == "relora" else [0.0]:
             case = Case(model, dtype, method, dropout, arguments.device, arguments.seqs, arguments.sequence_length,
-                        arguments.micro_batch_seqs, arguments.steps, arguments.threads,
-                        deterministic=arguments.deterministic)
+                        arguments.micro_batch_seqs, arguments.steps, arguments.threads)
             yield case, arguments.sides
-            if arguments.memory_rows and case.is_low_rank:
+            if "ours" not in arguments.sides:
+                continue
+            if case.device == "cuda":
+                yield replace(case, deterministic=True), ["ours"]
+            if arguments.memory_rows and case.is_low_rank and not case.dropout:
                 yield from ((replace(case, memory=memory), ["ours"]) for memory in MEMORY_ROWS)
 
 
