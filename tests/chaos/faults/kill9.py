@@ -264,7 +264,7 @@ class Campaign:
             starts = [attempt["start_step"] for attempt in jobs.attempts(self.site, job_id)]
             starts = [step for step in starts if step is not None]
             if starts != sorted(starts):
-                problems.append(f"{job_id}: attempts began at steps {starts}, where none may begin behind an earlier one")
+                problems.append(f"{job_id}: attempts began at steps {starts}; none may begin behind an earlier one")
         for job_id, repeated_steps, repeated_s, allowed_s in repeats:
             if repeated_s > allowed_s + slack_s:
                 problems.append(f"{job_id}: {repeated_steps} steps of {repeated_s:.2f} s were repeated, "
@@ -294,7 +294,8 @@ class Campaign:
             again = [row["value"] for row in rows
                      if row["lease_epoch"] == killed["lease_epoch"] and row["step"] > attempt["start_step"]]
             repeated_s = sum(jobs.NUM_SEQS * jobs.SEQUENCE_LENGTH / value for value in again)
-            yield job_id, len(again), repeated_s, self._allowed_s(self.delays.get((job_id, killed["lease_epoch"]), []))
+            delays = self.delays.get((job_id, killed["lease_epoch"]), [])
+            yield job_id, len(again), repeated_s, self._allowed_s(delays)
 
     def _allowed_s(self, delays):
         """A state's interval, its upload, and what this harness held up meanwhile: requests, and the server's answers by
