@@ -67,7 +67,7 @@ class Campaign:
         self.kills = dict.fromkeys(PHASES, 0)
         self.victims = {}
         self.job_ids = []
-        self.delays = {}  # what this harness held up, by job and lease epoch: (when it ended, how long it was)
+        self.delays = {}  # what this harness held up, by job and lease epoch: (ended_at_s, delay_s)
         self.worker = None
         self.is_orphaned = False  # the job's worker is gone, and nobody has taken it up again
         self.victim = None  # None: any that fits the phase
@@ -109,7 +109,7 @@ class Campaign:
             if not hold.caught.wait(60):
                 raise Failure("no worker stages")
             time.sleep(self.random.uniform(0, 0.1))
-            self._kill(("worker", "worker", "server"))
+            self._kill_in_attempt(("worker", "worker", "server"))
         finally:
             hold.release(drop=self.random.random() < 0.5)
             self.site.proxy.hold = None
@@ -231,15 +231,22 @@ class Campaign:
         pid = self.worker.trainer_pid()
         if pid is None:
             raise Missed
-        self._kill(("trainer", "trainer", "worker", "worker", "server"), pid, held_s)
+        self._kill_in_attempt(("trainer", "trainer", "worker", "worker", "server"), pid, held_s)
         return True
 
-    def _kill(self, candidates, trainer_pid=None, held_s=0.0):
+    def _kill_in_attempt(self, candidates, trainer_pid=None, held_s=0.0):
+        """And what was held up at this attempt's expense. In the claim phase there is none yet that could lose steps."""
+        delays = self.delays.setdefault((self.job_id, jobs.lease_epoch(self.site, self.job_id)), [])
+        delays.append((time.monotonic(), held_s))
+        away_s = self._kill(candidates, trainer_pid)
+        if away_s > 0:
+            delays.append((time.monotonic(), away_s))
+
+    def _kill(self, candidates, trainer_pid=None):
+        """Returns how long the server was away."""
         victim = self.victim or self.random.choice(candidates)
         self.victims[victim] = self.victims.get(victim, 0) + 1
-        delays = self.delays.setdefault((self.job_id, jobs.lease_epoch(self.site, self.job_id)), [])
-        killed = time.monotonic()
-        delays.append((killed, held_s))
+        killed_at_s = time.monotonic()
         match victim:
             case "trainer":
                 with_trainer(trainer_pid, signal.SIGKILL)
@@ -250,7 +257,8 @@ class Campaign:
             case "server":
                 self.site.server.kill()
                 self.site.server.start()
-                delays.append((time.monotonic(), time.monotonic() - killed))
+                return time.monotonic() - killed_at_s
+        return 0.0
 
     # What must have held.
 
@@ -262,7 +270,6 @@ class Campaign:
         repeats = [repeat for job_id in self.job_ids for repeat in self._repeats(job_id)]
         for job_id in self.job_ids:
             starts = [attempt["start_step"] for attempt in jobs.attempts(self.site, job_id)]
-            starts = [step for step in starts if step is not None]
             if starts != sorted(starts):
                 problems.append(f"{job_id}: attempts began at steps {starts}; none may begin behind an earlier one")
         for job_id, repeated_steps, repeated_s, allowed_s in repeats:
@@ -301,8 +308,8 @@ class Campaign:
         """A state's interval, its upload, and what this harness held up meanwhile: requests, and the server's answers by
         killing it."""
         allowed_s = jobs.STATE_EVERY_S + self.reference.upload_s
-        for ended, delay_s in reversed(delays):
-            if ended >= delays[-1][0] - allowed_s:
+        for ended_at_s, delay_s in reversed(delays):
+            if ended_at_s >= delays[-1][0] - allowed_s:
                 allowed_s += delay_s
         return allowed_s
 
