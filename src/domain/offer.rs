@@ -3,9 +3,9 @@
 use serde::{Deserialize, Serialize};
 
 use super::{
-    memory::{gib, least_bytes, shortage},
+    memory::{Shortage, gib, shortage},
     problem::Problem,
-    spec::{Device, MicroBatch, Precision, TrainSpec},
+    spec::{Device, Precision, TrainSpec},
 };
 
 /// What a worker has for jobs, as its trainer found it.
@@ -44,16 +44,11 @@ impl Offer {
 pub fn memory_problem(spec: &TrainSpec, offers: &[Offer]) -> Option<Problem> {
     let mut shortages = Vec::new();
     for offer in offers {
-        let (memory, device) = (offer.memory_for(spec)?, offer.device_for(spec));
-        shortages.push((memory, device, shortage(spec, device, memory)?));
+        let memory = offer.memory_for(spec)?;
+        shortages.push((memory, shortage(spec, offer.device_for(spec), memory)?));
     }
-    let (memory, device, shortage) = shortages.into_iter().max_by_key(|(memory, ..)| *memory)?;
-    let pointer = match spec.batch.micro_batch_seqs {
-        _ if least_bytes(spec, device) > memory => "/model",
-        MicroBatch::Seqs(2..) => "/batch/micro_batch_seqs",
-        _ => "/memory",
-    };
-    Some(Problem::new(pointer, format!("no worker has more than {} of memory: {shortage}", gib(memory))))
+    let (memory, Shortage { pointer, message }) = shortages.into_iter().max_by_key(|(memory, _)| *memory)?;
+    Some(Problem::new(pointer, format!("no worker has more than {} of memory: {message}", gib(memory))))
 }
 
 /// What to know of a job in bf16 that is slower than fp32 on each of these workers.

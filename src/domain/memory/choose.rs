@@ -34,27 +34,43 @@ pub fn choose(spec: &TrainSpec, device: Device, memory_bytes: Option<i64>) -> Ch
     with(merged_weights)(micro_batch_seqs)
 }
 
-/// What is to be said of a run for which this memory is too small, whatever is chosen where the spec leaves a choice.
+/// A run for which memory is too small.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shortage {
+    /// The part of the spec whose change would help, as a JSON pointer.
+    pub pointer: &'static str,
+    /// What the run needs, and what would fit.
+    pub message: String,
+}
+
+/// What is wrong with a run for which this memory is too small, whatever is chosen where the spec leaves a choice.
 /// Nothing, where it may do.
-pub fn shortage(spec: &TrainSpec, device: Device, memory_bytes: i64) -> Option<String> {
+pub fn shortage(spec: &TrainSpec, device: Device, memory_bytes: i64) -> Option<Shortage> {
     let choices = choose(spec, device, Some(memory_bytes));
-    (bytes(spec, &choices, device) > memory_bytes).then(|| too_large(spec, device, Some(memory_bytes)))
+    let needs = MemoryNeeds::of(spec, &choices, device);
+    (needs.bytes() > memory_bytes).then(|| {
+        let (pointer, advice) = remedy(spec, choices, device, memory_bytes);
+        Shortage { pointer, message: told(&needs, &advice) }
+    })
 }
 
 /// Says of a run that memory was too small for what it holds there, and which settings would fit. What the spec leaves
 /// to the trainer is chosen as for a run.
 pub fn too_large(spec: &TrainSpec, device: Device, memory_bytes: Option<i64>) -> String {
     let choices = choose(spec, device, memory_bytes);
-    let needs = MemoryNeeds::of(spec, &choices, device);
     let advice = match memory_bytes {
-        Some(memory) => remedy(spec, choices, device, memory),
+        Some(memory) => remedy(spec, choices, device, memory).1,
         None => "lower batch.micro_batch_seqs, set memory.recompute to layers, or take a smaller model".into(),
     };
+    told(&MemoryNeeds::of(spec, &choices, device), &advice)
+}
+
+fn told(needs: &MemoryNeeds, advice: &str) -> String {
     format!("{needs}; by this estimate {} at once. {advice}", gib(needs.bytes()))
 }
 
-/// The least change after which the estimate fits.
-fn remedy(spec: &TrainSpec, choices: Choices, device: Device, memory: i64) -> String {
+/// The least change after which the estimate fits, with a pointer to what is to be changed.
+fn remedy(spec: &TrainSpec, choices: Choices, device: Device, memory: i64) -> (&'static str, String) {
     let there = gib(memory);
     let fitting = |spec: &TrainSpec, merged_weights, most| {
         largest(most, |micro_batch_seqs| fits(spec, Choices { micro_batch_seqs, merged_weights }, device, memory))
@@ -63,27 +79,33 @@ fn remedy(spec: &TrainSpec, choices: Choices, device: Device, memory: i64) -> St
     let should_have_fitted = fits(spec, choices, device, memory);
     let fewer = if should_have_fitted { choices.micro_batch_seqs / 2 } else { choices.micro_batch_seqs - 1 };
     if let Some(seqs) = fitting(spec, choices.merged_weights, fewer) {
-        return format!("{there} are there, for which a batch.micro_batch_seqs of {seqs} would do");
+        let advice = format!("{there} are there, for which a batch.micro_batch_seqs of {seqs} would do");
+        return ("/batch/micro_batch_seqs", advice);
     }
     if should_have_fitted {
-        return format!("{there} are there, which should do: something else uses them");
+        return ("/memory", format!("{there} are there, which should do: something else uses them"));
     }
     for smallest in smaller_forms(spec) {
         if let Some(seqs) = fitting(&smallest, MergedPlan::Scratch, choices.micro_batch_seqs) {
             let settings = changes(spec, choices, smallest.memory.frozen_weights).join(", ");
-            return format!("{there} are there, for which {settings} and a batch.micro_batch_seqs of {seqs} would do");
+            let advice =
+                format!("{there} are there, for which {settings} and a batch.micro_batch_seqs of {seqs} would do");
+            return ("/memory", advice);
         }
     }
     let least = least_bytes(spec, device);
     let planned =
         if least <= memory { format!(", of which {PLANNED_PERCENT} % may be planned with") } else { "".into() };
     let least = gib(least);
-    format!("The model does not fit: {there} are there{planned}, and it needs {least} at the least; take a smaller one")
+    let advice = format!(
+        "The model does not fit: {there} are there{planned}, and it needs {least} at the least; take a smaller one"
+    );
+    ("/model", advice)
 }
 
 /// What a run needs at the least: one sequence at a time, whatever can be computed again computed again, and the frozen
 /// weights in the form that takes least.
-pub fn least_bytes(spec: &TrainSpec, device: Device) -> i64 {
+pub(super) fn least_bytes(spec: &TrainSpec, device: Device) -> i64 {
     let choices = Choices { micro_batch_seqs: 1, merged_weights: MergedPlan::Scratch };
     smaller_forms(spec).iter().map(|spec| bytes(spec, &choices, device)).min().unwrap_or(i64::MAX)
 }

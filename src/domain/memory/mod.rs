@@ -1,7 +1,8 @@
 //! What a run holds in memory, by what it is for: an estimate from the spec and from what the trainer chose.
 //!
-//! Not counted: libtorch's own buffers and kernels, what attention works in on the CPU (up to 4 KB a position and
-//! thread), and the copies of tensors that are on their way to the disk.
+//! Not counted: libtorch's own buffers and kernels; what attention works in, on the CPU
+//! up to 4 KB a position and thread, on a GPU copies by head of one layer's queries, keys and values; with dropout a
+//! layer's masked inputs; padding; and the copies of tensors that are on their way to the disk.
 
 mod choose;
 #[cfg(test)]
@@ -10,9 +11,10 @@ mod tests;
 use std::fmt;
 
 use super::spec::{
-    Choices, Device, FactorsSpec, FrozenWeights, MergedPlan, MethodSpec, ModelSpec, Precision, Recompute, TrainSpec,
+    Choices, Device, FactorsSpec, FrozenWeights, Linear, MergedPlan, MethodSpec, ModelSpec, Precision, Recompute,
+    TrainSpec,
 };
-pub use choose::{choose, least_bytes, shortage, too_large};
+pub use choose::{Shortage, choose, shortage, too_large};
 
 /// An fp32 value with its gradient and its two moments.
 const TRAINED_BYTES: i64 = 16;
@@ -52,7 +54,7 @@ pub struct WeightBytes {
     pub master: i64,
     /// The frozen matrices, quantised.
     pub quantised: i64,
-    /// W + sBA, of all layers or of one.
+    /// W + sBA, of all layers or of one. With dropout copies of W, of which fp32 mostly needs none.
     pub merged: i64,
 }
 
@@ -122,9 +124,10 @@ fn has_full_rank_phase(method: &MethodSpec) -> bool {
 
 fn full_rank_bytes(model: &ModelSpec, precision: Precision) -> WeightBytes {
     let head = model.vocab_size * model.hidden_size;
+    let largest_gradient = model.linear_shapes().into_iter().map(|(o, i)| o * i).fold(head, i64::max);
     WeightBytes {
         parameters: TRAINED_BYTES * model.num_params(),
-        bf16_copies: bf16_bytes(precision, model.num_linear_params() + 2 * head),
+        bf16_copies: bf16_bytes(precision, model.num_linear_params() + head + largest_gradient),
         ..WeightBytes::default()
     }
 }
@@ -138,6 +141,12 @@ fn low_rank_bytes(spec: &TrainSpec, factors: &FactorsSpec, plan: MergedPlan, dev
     let in_factors = layers * factors.rank * of_a_layer(|o, i| o + i);
     let embedding = model.vocab_size * model.hidden_size;
     let head_gradient = if factors.train_head { embedding } else { 0 };
+    let trained_whole = Linear::ALL.into_iter().zip(model.linear_shapes());
+    let trained_whole = trained_whole.filter(|(linear, _)| !factors.target_modules.contains(linear));
+    let largest_gradient = trained_whole
+        .map(|(_, (o, i))| o * i)
+        .chain(factors.target_shapes(model).map(|(o, i)| factors.rank * o.max(i)))
+        .fold(head_gradient, i64::max);
     let not_trained = if factors.train_embeddings { 0 } else { embedding }
         + if factors.train_head || model.tie_word_embeddings { 0 } else { embedding };
     let beside = WeightBytes {
@@ -145,7 +154,7 @@ fn low_rank_bytes(spec: &TrainSpec, factors: &FactorsSpec, plan: MergedPlan, dev
             + FP32_BYTES * not_trained,
         bf16_copies: bf16_bytes(
             spec.precision,
-            model.num_linear_params() - wrapped + embedding + head_gradient + in_factors,
+            model.num_linear_params() - wrapped + embedding + in_factors + largest_gradient,
         ),
         ..WeightBytes::default()
     };

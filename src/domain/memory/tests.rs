@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::*;
+use super::{choose::least_bytes, *};
 
 /// 1,160 parameters: 960 in the matrices, 160 in embeddings and head, 40 in norms. Changed as the JSON merge patch says.
 fn spec(changes: &[(&str, Value)]) -> TrainSpec {
@@ -54,7 +54,10 @@ fn a_full_rank_phase_holds_sixteen_bytes_for_each_parameter() {
     let fp32 = needs(&full("fp32"));
     assert_eq!(fp32.full_rank, WeightBytes { parameters: 16 * 1_160, ..WeightBytes::default() });
     assert_eq!(fp32.low_rank, WeightBytes::default());
-    assert_eq!(needs(&full("bf16")).full_rank.bf16_copies, 2 * (960 + 80 + 80), "of matrices, head and its gradient");
+    assert_eq!(needs(&full("bf16")).full_rank.bf16_copies, 2 * (960 + 80 + 96), "matrices, head, gate's gradient");
+    let many_words =
+        spec(&[("/method", json!({"type": "full"})), ("/precision", json!("bf16")), ("/model/vocab_size", json!(20))]);
+    assert_eq!(needs(&many_words).full_rank.bf16_copies, 2 * (960 + 160 + 160), "matrices, head and its gradient");
     let warm_start = |steps: i64| needs(&spec(&[("/method/warm_start_steps", json!(steps))])).full_rank;
     assert_eq!(warm_start(1), fp32.full_rank);
     assert_eq!(warm_start(0), WeightBytes::default());
@@ -71,7 +74,7 @@ fn a_low_rank_phase_holds_factors_and_frozen_matrices() {
     assert_eq!(low_rank(&[], MergedPlan::Scratch), WeightBytes { merged: 4 * 160, ..in_fp32 });
 
     let bf16 = low_rank(&[("/precision", json!("bf16"))], MergedPlan::Scratch);
-    assert_eq!(bf16, WeightBytes { merged: 2 * 160, bf16_copies: 2 * (640 + 80 + 144), ..in_fp32 });
+    assert_eq!(bf16, WeightBytes { merged: 2 * 160, bf16_copies: 2 * (640 + 80 + 144 + 96), ..in_fp32 });
 
     let frozen = |form: &str| low_rank(&[("/memory/frozen_weights", json!(form))], MergedPlan::Scratch);
     // A scale for each of the 8 + 8 rows of a layer.
@@ -228,9 +231,32 @@ fn a_shortage_is_of_what_is_given_and_not_of_what_may_be_chosen() {
     let given = [long.clone(), ("/batch/micro_batch_seqs", json!(100))];
     let needed = bytes(&spec(&given), &choices(100, MergedPlan::Scratch), Device::Cpu);
     assert_eq!(shortage(&spec(&given), Device::Cpu, needed), None);
-    let message = shortage(&spec(&given), Device::Cpu, needed - 1).expect("too few bytes");
+    let Shortage { pointer, message } = shortage(&spec(&given), Device::Cpu, needed - 1).expect("too few bytes");
+    assert_eq!(pointer, "/batch/micro_batch_seqs");
     assert!(message.contains("a micro-batch of 100 x 64 tokens"), "{message}");
     assert_eq!(shortage(&spec(&[long]), Device::Cpu, needed / 2), None, "fewer sequences are chosen");
+}
+
+#[test]
+fn a_shortage_points_at_what_its_advice_changes() {
+    let given = |seqs: i64| spec(&[("/batch/sequence_length", json!(64)), ("/batch/micro_batch_seqs", json!(seqs))]);
+    let of = |seqs: i64, memory: i64| {
+        let Shortage { pointer, message } = shortage(&given(seqs), Device::Cpu, memory).expect("too few bytes");
+        (pointer, message.split_once(" at once. ").expect("an estimate, and then advice").1.to_owned())
+    };
+    let least = least_bytes(&given(1), Device::Cpu);
+    // One sequence may be planned with if every layer is computed again, and not as the spec has it.
+    let cheapest = bytes(&given(1), &choices(1, MergedPlan::Scratch), Device::Cpu);
+    let memory = least * 100 / 80 + 200;
+    assert!(cheapest > memory / 100 * 80);
+    let (pointer, advice) = of(2, memory);
+    assert!(pointer == "/memory" && advice.contains("memory.recompute layers"), "{pointer}: {advice}");
+    for memory in [least - 1, least] {
+        let (pointer, advice) = of(2, memory);
+        assert!(pointer == "/model" && advice.contains("take a smaller one"), "{pointer}: {advice}");
+    }
+    let (pointer, advice) = of(100, cheapest * 2);
+    assert!(pointer == "/batch/micro_batch_seqs" && advice.contains("micro_batch_seqs of"), "{pointer}: {advice}");
 }
 
 #[test]
