@@ -2,10 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{
-    loop_tests::{final_weights, nodes, ranks, with_method},
-    test_support::{method, scratch_dir, spec, train, try_train},
-};
+use super::test_support::{final_weights, method, nodes, ranks, scratch_dir, spec, train, try_train, with_method};
 use crate::domain::{
     contract::Event,
     lineage::NodeKind,

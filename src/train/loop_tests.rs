@@ -1,33 +1,19 @@
 //! Whole runs, in process: what they report, what they leave, and how they fail.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    fs,
-    path::Path,
-};
+use std::{collections::HashMap, fs, path::Path};
 
 use serde_json::{Value, json};
 use tch::Tensor;
 
-use super::test_support::{method, read_tensors, scratch_dir, spec, train, try_train};
+use super::test_support::{
+    final_weights, method, nodes, ranks, read_tensors, scratch_dir, spec, train, try_train, with_method,
+};
 use crate::domain::{
-    contract::{Event, FORMAT_VERSION, RankCount},
+    contract::{Event, FORMAT_VERSION},
     job::FailureKind,
     lineage::NodeKind,
     spec::{Choices, Linear, MergedPlan},
 };
-
-pub fn final_weights(dir: &Path) -> Vec<u8> {
-    fs::read(dir.join("out/checkpoints/14/model.safetensors")).expect("final checkpoint")
-}
-
-pub fn nodes(events: &[Event]) -> Vec<(NodeKind, i64, i64)> {
-    let node = |event: &Event| match event {
-        Event::Node(node) => Some((node.kind, node.step, node.restart)),
-        _ => None,
-    };
-    events.iter().filter_map(node).collect()
-}
 
 #[test]
 fn a_run_reports_its_nodes_in_order_and_learns() {
@@ -56,23 +42,6 @@ fn a_run_reports_its_nodes_in_order_and_learns() {
             }
         }
     }
-}
-
-pub fn with_method(method: Value) -> Value {
-    json!({"method": method})
-}
-
-/// The rank reports by restart. One may come twice where a run goes on, and then says the same.
-pub fn ranks(events: &[Event]) -> BTreeMap<i64, BTreeMap<Linear, RankCount>> {
-    let mut found = BTreeMap::new();
-    for event in events {
-        if let Event::Ranks { step, restart, kinds, .. } = event {
-            assert_eq!(*step, 4 + 5 * restart);
-            let earlier = found.insert(*restart, kinds.clone());
-            assert!(earlier.is_none_or(|earlier| earlier == *kinds));
-        }
-    }
-    found
 }
 
 #[test]

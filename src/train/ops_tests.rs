@@ -5,6 +5,7 @@ use tch::{Device, Kind, Tensor};
 use super::{
     native::kernels::{AdamwSettings, Kernels, MaskPlace},
     ops::{Ops, OpsChoice, sum_kind},
+    test_support::{noise, relative_error},
 };
 
 /// Enough for several threads, and no multiple of what a vector holds.
@@ -23,12 +24,8 @@ impl Inputs {
         Self { rounded_to, product, sum: sum_kind(product) }
     }
 
-    /// Between -1 and 1, another for every seed.
     fn noise(&self, shape: &[i64], seed: i64) -> Tensor {
-        let len = shape.iter().product::<i64>();
-        let waves = (Tensor::arange(len, (Kind::Double, Device::Cpu)) * 12.9898 + seed).sin() * 43_758.545;
-        let noise: Tensor = (waves.frac() + 1.0).frac() * 2.0 - 1.0;
-        noise.view(shape).to_kind(self.rounded_to)
+        noise(shape, seed).to_kind(self.rounded_to)
     }
 
     fn product(&self, shape: &[i64], seed: i64) -> Tensor {
@@ -151,7 +148,7 @@ fn the_kernels_of_every_instruction_set_give_what_libtorch_gives() {
         let want = Inputs::new(kind, Kind::Double).results(&libtorch);
         for ops in kernels(kind, 2) {
             for ((name, got), (_, want)) in Inputs::new(kind, kind).results(&ops).into_iter().zip(&want) {
-                let error = ((got - want).abs().max() / want.abs().max()).double_value(&[]);
+                let error = relative_error(&got, want);
                 assert!(error < tolerance, "{name} in {kind:?} is off by {error:e}");
             }
         }

@@ -1,6 +1,7 @@
 //! What the trainer's tests share: a small spec, data, and runs in process.
 
 use std::{
+    collections::BTreeMap,
     fs,
     io::{self, Write},
     path::{Path, PathBuf},
@@ -22,8 +23,9 @@ use super::{
     random::{Draws, Purpose},
 };
 use crate::domain::{
-    contract::{Command, Event},
-    spec::TrainSpec,
+    contract::{Command, Event, RankCount},
+    lineage::NodeKind,
+    spec::{Linear, TrainSpec},
 };
 
 pub const VOCAB_SIZE: i64 = 61;
@@ -69,6 +71,10 @@ pub fn method(patch: Value) -> Value {
     let Value::Object(patch) = patch else { panic!("not an object: {patch}") };
     patch.into_iter().for_each(|(key, value)| method[key] = value);
     method
+}
+
+pub fn with_method(method: Value) -> Value {
+    json!({"method": method})
 }
 
 fn merge(target: &mut Value, patch: Value) {
@@ -177,4 +183,43 @@ pub fn read_tensors(path: &Path) -> Vec<(String, Tensor)> {
         Tensor::from_data_size(view.data(), &shape, Kind::Float)
     };
     file.tensors().into_iter().map(|(name, view)| (name, tensor(&view))).collect()
+}
+
+/// The kind, step and restart of every node, as they were reported.
+pub fn nodes(events: &[Event]) -> Vec<(NodeKind, i64, i64)> {
+    let node = |event: &Event| match event {
+        Event::Node(node) => Some((node.kind, node.step, node.restart)),
+        _ => None,
+    };
+    events.iter().filter_map(node).collect()
+}
+
+/// The rank reports by restart. One may come twice where a run goes on, and then says the same.
+pub fn ranks(events: &[Event]) -> BTreeMap<i64, BTreeMap<Linear, RankCount>> {
+    let mut found = BTreeMap::new();
+    for event in events {
+        if let Event::Ranks { step, restart, kinds, .. } = event {
+            assert_eq!(*step, 4 + 5 * restart);
+            let earlier = found.insert(*restart, kinds.clone());
+            assert!(earlier.is_none_or(|earlier| earlier == *kinds));
+        }
+    }
+    found
+}
+
+/// What a run of fourteen steps, as [`spec`] has them, leaves.
+pub fn final_weights(dir: &Path) -> Vec<u8> {
+    fs::read(dir.join("out/checkpoints/14/model.safetensors")).expect("final checkpoint")
+}
+
+/// Between -1 and 1, another for every seed.
+pub fn noise(shape: &[i64], seed: i64) -> Tensor {
+    let len = shape.iter().product::<i64>();
+    let waves = (Tensor::arange(len, (Kind::Double, Device::Cpu)) * 12.9898 + seed).sin() * 43_758.545;
+    ((&waves - waves.floor()) * 2.0 - 1.0).view(shape)
+}
+
+/// The largest difference of any element, relative to the largest element.
+pub fn relative_error(got: &Tensor, want: &Tensor) -> f64 {
+    ((got - want).abs().max() / want.abs().max()).double_value(&[])
 }

@@ -95,6 +95,7 @@ mod tests {
     use crate::train::{
         native::kernels::Kernels,
         ops::{OpsChoice, sum_kind},
+        test_support::{noise, relative_error},
     };
 
     const CPU: Device = Device::Cpu;
@@ -104,17 +105,11 @@ mod tests {
         Batch { num_seqs, sequence_length, tokens: tokens(), targets: tokens(), masks: None }
     }
 
-    fn noise(shape: [i64; 2], kind: Kind) -> Tensor {
-        let len = shape[0] * shape[1];
-        let waves = (Tensor::arange(len, (Kind::Double, CPU)) * 12.9898 + shape[1]).sin() * 43_758.545;
-        ((&waves - waves.floor()) * 4.0 - 2.0).to_kind(kind).view(shape)
-    }
-
     /// What attention mixes, and the gradients of queries, keys and values.
     fn computed(heads: Heads, batch: &Batch, ops: &Ops, kind: Kind) -> [Tensor; 2] {
         let (num_tokens, num_heads) = (batch.tokens.numel() as i64, heads.num_query + 2 * heads.num_key_value);
         // Of a kind that both have, so that they compute with the same.
-        let of = |width| noise([num_tokens, width], Kind::BFloat16).to_kind(kind);
+        let of = |width| (noise(&[num_tokens, width], width) * 2.0).to_kind(Kind::BFloat16).to_kind(kind);
         let (qkv, dout) = (of(num_heads * heads.dim), of(heads.num_query * heads.dim));
         let mut attention = Attention::new(heads, (kind, CPU));
         let mut kept = Attended::new((kind, CPU), (sum_kind(kind), CPU));
@@ -138,7 +133,7 @@ mod tests {
                 for kernels in Kernels::of_every_set(kind, 2) {
                     let got = computed(heads, &batch, &Ops::Kernels(kernels), kind);
                     for (want, got) in want.iter().zip(got) {
-                        let error = ((got - want).abs().max() / want.abs().max()).double_value(&[]);
+                        let error = relative_error(&got, want);
                         assert!(error < tolerance, "{heads:?}, {length} positions, {kind:?}: off by {error:e}");
                     }
                 }

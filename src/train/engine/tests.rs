@@ -13,7 +13,7 @@ use crate::{
         oracle::Oracle,
         random::{Draws, Purpose},
         relora::Wrapping,
-        test_support::{VOCAB_SIZE, method, spec},
+        test_support::{VOCAB_SIZE, method, relative_error, spec},
         weights::Weights,
     },
 };
@@ -118,9 +118,8 @@ fn largest_error(got: &[(String, Tensor)], want: &std::collections::BTreeMap<Str
     assert_eq!(got.len(), want.len());
     let error = |(name, gradient): &(String, Tensor)| {
         let want = &want[name];
-        let scale = want.abs().max().double_value(&[]);
-        assert!(scale > 0.0, "{name} has no gradient to compare with");
-        ((gradient - want).abs().max().double_value(&[]) / scale, name.clone())
+        assert!(want.abs().max().double_value(&[]) > 0.0, "{name} has no gradient to compare with");
+        (relative_error(gradient, want), name.clone())
     };
     got.iter().map(error).max_by(|a, b| a.0.total_cmp(&b.0)).expect("a gradient")
 }
@@ -344,7 +343,7 @@ fn padding_changes_no_weight_that_is_exported() {
             for ((name, want), (_, got)) in want.iter().zip(&padded) {
                 assert_eq!(got.size(), shapes[name], "{name}");
                 // Sums of products in another order, and nothing else.
-                let error = ((got - want).abs().max() / want.abs().max()).double_value(&[]);
+                let error = relative_error(got, want);
                 assert!(error < 1e-11, "{name} is off by {error:e}");
             }
         }

@@ -44,7 +44,7 @@ struct relora_kernels {
                       void* log_sums, void* memory);
     void (*attention_backward)(int threads, const struct relora_heads* heads, const void* qkv, const void* dmixed,
                                const void* log_sums, double scale, void* dqkv, void* memory);
-    // Null here. On a GPU attention is products, and between them this.
+    // Null on the CPU. On a GPU attention is products, and between them this.
     void (*causal_softmax)(int threads, int64_t rows, int64_t width, const void* scores, double scale,
                            void* probabilities);
     void (*causal_softmax_backward)(int threads, int64_t rows, int64_t width, const void* probabilities, double scale,
