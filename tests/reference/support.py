@@ -82,16 +82,21 @@ class Run:
         timer = threading.Timer(TIMEOUT_S, process.kill)
         timer.start()
         self.events = []
-        for line in process.stdout:
-            event = json.loads(line)
-            self.events.append(event)
-            if event["event"] == "step" and event["step"] in at_steps:
-                process.stdin.close() if send is None else process.stdin.write(send + "\n")
-                if send:
-                    process.stdin.flush()
-        self.log = process.stderr.read()
-        self.exit_code = process.wait()
-        timer.cancel()
+        try:
+            for line in process.stdout:
+                event = json.loads(line)
+                self.events.append(event)
+                if event["event"] == "step" and event["step"] in at_steps:
+                    process.stdin.close() if send is None else process.stdin.write(send + "\n")
+                    if send:
+                        process.stdin.flush()
+            self.log = process.stderr.read()
+            self.exit_code = process.wait()
+        finally:
+            in_time = timer.is_alive()
+            timer.cancel()
+        if not in_time:
+            self.log += f"\nkilled after {TIMEOUT_S} s"
 
     def of(self, kind):
         return [event for event in self.events if event["event"] == kind]

@@ -1,5 +1,7 @@
 """scripts/gpu-check with the CPU in the place of a GPU: that it checks what it says, and finds what is wrong."""
 
+import itertools
+import json
 from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -15,6 +17,8 @@ def gpu_check(monkeypatch):
     loader = SourceFileLoader("gpu_check", str(SCRIPT))
     module = module_from_spec(spec_from_loader("gpu_check", loader))
     loader.exec_module(module)
+    for ops in ["KERNELS", "GRAPHS"]:
+        monkeypatch.setenv(f"RELORA_CUDA_{ops}", "0")  # the script sets them, and they are put back after the test
     monkeypatch.setattr(module, "DEVICE", "cpu")
     monkeypatch.setattr(module, "CHECKS", {name: module.CHECKS[name] for name in ["relora", "int8", "nf4"]})
     monkeypatch.setattr(module.fixtures, "TRAJECTORIES", {"magnitude": module.fixtures.TRAJECTORIES["magnitude"]})
@@ -53,3 +57,23 @@ def test_a_device_that_computes_something_else_is_found(gpu_check, tmp_path, mon
     assert [result for result in results.values() if result["held"]] == []
     assert results["relora"]["same_bits_from_a_state"], results
     assert "unknown variant `other`" in results["fixture magnitude"]["detail"], results
+
+
+def test_another_trajectory_and_other_bits_from_a_state_are_found(gpu_check, tmp_path, monkeypatch):
+    fixture = json.loads((gpu_check.fixtures.FOLDER / "magnitude.json").read_text())
+    fixture["losses"][-1] *= 1.001
+    (tmp_path / "magnitude.json").write_text(json.dumps(fixture))
+    monkeypatch.setattr(gpu_check.fixtures, "FOLDER", tmp_path)
+    hashes = itertools.count()
+    monkeypatch.setattr(gpu_check, "final_sha256", lambda run: next(hashes))
+    monkeypatch.setattr(gpu_check, "CHECKS", {"relora": gpu_check.CHECKS["relora"]})
+    monkeypatch.setattr(gpu_check, "GRADIENTS", {})
+    results = results_of(gpu_check, tmp_path)
+    assert [result["held"] for result in results.values()] == [False, False], results
+    assert not results["relora"]["same_bits_from_a_state"] and results["relora"]["weight_error"] == 0
+    assert 5e-4 < results["fixture magnitude"]["loss_error"] < 2e-3
+
+
+def test_what_a_gpu_computes_with_is_told_by_its_name(gpu_check):
+    names = ["cuda (NVIDIA H200)", "cuda (NVIDIA H200, fused kernels)", "cuda (NVIDIA H200, fused kernels in graphs)"]
+    assert [gpu_check.ops_named_in(name) for name in names] == gpu_check.OPS
