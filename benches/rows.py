@@ -59,6 +59,7 @@ def row_of(measurements, num_runs):
             "eager_fused_tokens_per_s": measurements.median("eager_fused", "tokens_per_s"),
             "eager_unfused_tokens_per_s": measurements.median("eager_unfused", "tokens_per_s"),
             "library_tokens_per_s": measurements.median("library", "tokens_per_s"),
+            "library_best_tokens_per_s": measurements.best("library", "best_tokens_per_s"),
             "library_peak_bytes": measurements.median("library", "peak_bytes"),
             "library_error": measurements.errors.get("library"),
             "speed_over_eager": ratio(speeds["ours"], speeds["eager"]),
@@ -115,8 +116,11 @@ def table_head():
 
 
 def table_line(name, row):
-    return f"{name:{NAME_WIDTH}}" + "".join(
+    line = f"{name:{NAME_WIDTH}}" + "".join(
         f"{shown(row[field], pattern):>{width}}" for _, width, field, pattern in COLUMNS)
+    if row["library_tokens_per_s"]:  # only where it was asked for, and so it has no column
+        line += f"  library: {row['library_tokens_per_s']:.0f}, {shown(row['library_peak_bytes'], 'mib')} MiB"
+    return line
 
 
 def shown(value, pattern):
