@@ -1,16 +1,35 @@
 // Dropout whose masks are drawn where they are used, from the place of an element in the run. A part of kernels.cpp.
 
+// A word of 32 bits; what lies above them means nothing. A vector of AVX-512 multiplies 64 bits as they lie, so that a
+// word in each needs no rearranging; others have the product of 32 bits alone.
+#ifdef __AVX512DQ__
+using Word = uint64_t;
+#else
+using Word = uint32_t;
+#endif
+
 // Philox4x32 with 10 rounds (Salmon et al. 2011): four words from a counter of four and a key of two.
-inline void philox(uint32_t (&c)[4], uint32_t key0, uint32_t key1) {
+inline void philox(Word (&c)[4], uint32_t key0, uint32_t key1) {
     for (int round = 0; round < 10; ++round) {
-        uint64_t a = uint64_t(c[0]) * 0xD2511F53u, b = uint64_t(c[2]) * 0xCD9E8D57u;
-        uint32_t next0 = uint32_t(b >> 32) ^ c[1] ^ key0, next2 = uint32_t(a >> 32) ^ c[3] ^ key1;
-        c[1] = uint32_t(b);
-        c[3] = uint32_t(a);
+        uint64_t a = uint64_t(uint32_t(c[0])) * 0xD2511F53u, b = uint64_t(uint32_t(c[2])) * 0xCD9E8D57u;
+        Word next0 = Word(b >> 32) ^ c[1] ^ key0, next2 = Word(a >> 32) ^ c[3] ^ key1;
+        c[1] = Word(b);
+        c[3] = Word(a);
         c[0] = next0;
         c[2] = next2;
         key0 += 0x9E3779B9u;
         key1 += 0xBB67AE85u;
+    }
+}
+
+// kept = x · mask / keep. A function of its own, and x is read whether or not it is kept: else the compiler leaves this to
+// one element at a time.
+template <class T>
+void mask(int64_t len, const T* x, const uint32_t* words, uint64_t threshold, Sum<T> scale, Sum<T>* kept) {
+#pragma omp simd
+    for (int64_t i = 0; i < len; ++i) {
+        Sum<T> scaled = load(x[i]) * scale;
+        kept[i] = words[i] < threshold ? scaled : Sum<T>(0);
     }
 }
 
@@ -35,19 +54,18 @@ void dropout(int threads, int64_t rows, int64_t width, int64_t row_width, int64_
             uint32_t words[4][LANES];
 #pragma omp simd
             for (int64_t lane = 0; lane < LANES; ++lane) {
-                uint32_t c[4] = {uint32_t(start + lane), position, place, seq};
+                Word c[4] = {Word(start + lane), position, place, seq};
                 philox(c, uint32_t(seed), uint32_t(seed >> 32));
-                for (int w = 0; w < 4; ++w) words[w][lane] = c[w];
+                for (int w = 0; w < 4; ++w) words[w][lane] = uint32_t(c[w]);
             }
             for (int w = 0; w < 4; ++w) {
                 int64_t first = w * quarter + start, end = (w + 1) * quarter;
                 end = end < width ? end : width;
                 end = end < first + LANES ? end : first + LANES;
+                S kept[LANES];
+                mask(end - first, x + first, words[w], threshold, scale, kept);
 #pragma omp simd
-                for (int64_t i = first; i < end; ++i) {
-                    S kept = words[w][i - first] < threshold ? load(x[i]) * scale : S(0);
-                    store(to[i], adds ? load(to[i]) + kept : kept);
-                }
+                for (int64_t i = first; i < end; ++i) store(to[i], adds ? load(to[i]) + kept[i - first] : kept[i - first]);
             }
         }
     });

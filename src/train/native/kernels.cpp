@@ -27,11 +27,18 @@ template <class F> inline void parallel_for(int64_t n, int64_t work_each, int th
     for (int64_t i = 0; i < n; ++i) f(i);
 }
 
-// A function of its own: within nested loops the compiler leaves such a sum to one element at a time.
+// Functions of their own: within nested loops the compiler leaves such sums to one element at a time.
 template <class S> S sum_of_squares(const S* x, int64_t len) {
     S sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < len; ++i) sum += x[i] * x[i];
+    return sum;
+}
+
+template <class T> Sum<T> weighted_dot(const T* y, const Sum<T>* weight, const Sum<T>* x, int64_t len) {
+    Sum<T> sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < len; ++i) sum += load(y[i]) * weight[i] * x[i];
     return sum;
 }
 
@@ -85,10 +92,8 @@ void rms_norm_backward(int threads, int64_t rows, int64_t width, const void* dy_
             const T* dy = dys + row * width;
             const S* x = xs + row * width;
             S* dx = dxs + row * width;
-            S rstd = rstds[row], dot = 0;
-#pragma omp simd reduction(+ : dot)
-            for (int64_t i = 0; i < width; ++i) dot += load(dy[i]) * weight[i] * x[i];
-            S pull = dot * rstd * rstd * rstd / S(width);
+            S rstd = rstds[row];
+            S pull = weighted_dot<T>(dy, weight, x, width) * rstd * rstd * rstd / S(width);
 #pragma omp simd
             for (int64_t i = 0; i < width; ++i) dx[i] += load(dy[i]) * weight[i] * rstd - x[i] * pull;
             if (casts) {
