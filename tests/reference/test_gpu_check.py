@@ -21,7 +21,7 @@ def gpu_check(monkeypatch):
         monkeypatch.setenv(f"RELORA_CUDA_{ops}", "0")  # the script sets them, and they are put back after the test
     monkeypatch.setattr(module, "DEVICE", "cpu")
     monkeypatch.setattr(module, "CHECKS", {name: module.CHECKS[name] for name in ["relora", "int8", "nf4"]})
-    monkeypatch.setattr(module.fixtures, "TRAJECTORIES", {"magnitude": module.fixtures.TRAJECTORIES["magnitude"]})
+    monkeypatch.setattr(module, "FIXTURES", {"fixture magnitude": "magnitude"})
     return module
 
 
@@ -40,6 +40,8 @@ def test_a_device_that_computes_as_the_cpu_does_holds(gpu_check, tmp_path):
     assert 0 < results["nf4"]["loss_error_to_fp32"] < gpu_check.QUANTISED_BOUNDS["nf4"]
     assert results["gradients at full rank"]["gradients"] == 3 + 3 * 9
     assert results["gradients at low rank"]["gradients"] == 3 + 3 * (2 + 2 * 7)
+    line = "libtorch relora held loss_error 0.0e+00 weight_error 0.0e+00"
+    assert gpu_check.line_of(results["relora"]).split() == line.split()
 
 
 def test_a_device_that_computes_something_else_is_found(gpu_check, tmp_path, monkeypatch):
@@ -55,6 +57,7 @@ def test_a_device_that_computes_something_else_is_found(gpu_check, tmp_path, mon
     monkeypatch.setattr(gpu_check, "DEVICE", "other")
     results = results_of(gpu_check, tmp_path)
     assert [result for result in results.values() if result["held"]] == []
+    assert "FAILED" in gpu_check.line_of(results["fixture magnitude"])
     assert results["relora"]["same_bits_from_a_state"], results
     assert "unknown variant `other`" in results["fixture magnitude"]["detail"], results
 

@@ -46,7 +46,8 @@ pub enum NoCuda {
 /// Must run before the first CUDA query: libtorch remembers the answer. The library is looked for beside the real
 /// `libtorch_cpu.so` of this process; where it or one of its own libraries is missing, only the CPU can be used.
 pub fn open_cuda() -> Result<(), NoCuda> {
-    Driver::open()?;
+    // Never closed: libtorch's libraries go on with what was begun in it.
+    std::mem::forget(Driver::open()?);
     let Some(path) = loaded_library("libtorch_cpu.so").map(|path| path.with_file_name("libtorch_cuda.so")) else {
         return Err(NoCuda::Broken("libtorch_cpu.so is not among the libraries of this process".into()));
     };
