@@ -36,7 +36,7 @@ def train(case, data, is_fused=True, is_compiled=False, model_class=Llama):
 
     for step in range(NUM_WARM_UP_STEPS):
         timed_update(case, loss_of, trained, optimizer, batches[step])
-    usage = Usage()
+    usage = Usage(counts_resident=case.device == "cpu")
     if case.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     speeds = [timed_update(case, loss_of, trained, optimizer, batches[step % len(batches)])

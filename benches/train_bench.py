@@ -123,7 +123,8 @@ def measure(case, sides, num_runs):
         try:
             result = measure_once(side, case)
             measurements.results[side].append(result)
-            progress = ", ".join(f"{name} {value:.4g}" for name, value in result.items() if name != "device_name")
+            figures = {name: value for name, value in result.items() if isinstance(value, float | int)}
+            progress = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
         except SideFailed as failure:
             measurements.errors[side] = progress = str(failure)
         print(f"{case}, run {run + 1}, {side}: {progress}", file=sys.stderr, flush=True)

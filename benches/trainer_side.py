@@ -130,7 +130,7 @@ def watch(process, case):
             case "step" if usage:
                 speeds.append(event["tokens_per_s"])
             case "step" if event["step"] >= NUM_WARM_UP_STEPS and not nodes_awaited:
-                usage = Usage(process.pid)
+                usage = Usage(process.pid, counts_resident=case.device == "cpu")
         if len(speeds) == case.num_steps:
             return usage.figures(speeds, case.tokens_per_step) | {"device_name": device_name}
     raise SideFailed(explain_exit(process.wait()))

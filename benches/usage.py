@@ -7,12 +7,14 @@ from pathlib import Path
 
 
 class Usage:
-    """Begins with the timed updates of a process."""
+    """Begins with the timed updates of a process. Of one that computes on a GPU resident memory says nothing."""
 
-    def __init__(self, pid="self"):
+    def __init__(self, pid="self", counts_resident=True):
         self.pid = pid
+        self.counts_resident = counts_resident
         self.cpu_s_before = cpu_s(pid)
-        reset_peak_resident(pid)
+        if counts_resident:
+            reset_peak_resident(pid)
 
     def figures(self, speeds_tokens_per_s, tokens_per_step):
         """What a side gives at their end. The best speed is what the machine can when nothing disturbs it."""
@@ -21,7 +23,7 @@ class Usage:
             "tokens_per_s": statistics.median(speeds_tokens_per_s),
             "best_tokens_per_s": max(speeds_tokens_per_s),
             "tokens_per_cpu_s": num_tokens / (cpu_s(self.pid) - self.cpu_s_before),
-            "peak_bytes": peak_resident_bytes(self.pid),
+            "peak_bytes": peak_resident_bytes(self.pid) if self.counts_resident else None,
         }
 
 
