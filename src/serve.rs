@@ -4,6 +4,7 @@
 use std::{
     fs,
     io::Write,
+    net::{Ipv4Addr, SocketAddr},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
@@ -80,7 +81,7 @@ async fn serve(
         recovery::requeue_expired(&pool, 0.0).await.context("requeue the work of a server that was killed")?;
         datasets::fail_all_uploads(&pool).await.context("end the uploads of a server that was killed")?;
     }
-    let client_file = write_client_file(&config.data_dir, &pool, address.port(), postgres.is_some()).await?;
+    let client_file = write_client_file(&config.data_dir, &pool, address, postgres.is_some()).await?;
     tracing::info!(%address, client.file = %client_file.display(), "serving");
 
     let working = work(config, pool.clone(), store.clone(), shutdown);
@@ -113,7 +114,12 @@ async fn work(config: &ServeConfig, pool: PgPool, store: Store, shutdown: &Shutd
 
 /// Tells the command line client on this host where the server is, and its key. The key is made at
 /// the first start, when there is none yet; only its hash is kept in the database.
-async fn write_client_file(data_dir: &Path, pool: &PgPool, port: u16, private_database: bool) -> Result<PathBuf> {
+async fn write_client_file(
+    data_dir: &Path,
+    pool: &PgPool,
+    bound: SocketAddr,
+    private_database: bool,
+) -> Result<PathBuf> {
     let path = data_dir.join(CLIENT_FILE);
     let context = || format!("write the client's settings to {} (RELORA_DATA_DIR)", path.display());
     // Before a key is made it is certain that it can be handed over.
@@ -127,7 +133,7 @@ async fn write_client_file(data_dir: &Path, pool: &PgPool, port: u16, private_da
         .open(&temporary)
         .with_context(context)?;
 
-    let url = format!("http://127.0.0.1:{port}");
+    let url = format!("http://{}", reached_at(bound));
     let api_key = match valid_key(&path, pool).await? {
         Some(key) => key,
         None => match keys::ensure_first_key(pool).await.context("make the first API key")? {
@@ -149,6 +155,11 @@ async fn write_client_file(data_dir: &Path, pool: &PgPool, port: u16, private_da
     Ok(path)
 }
 
+/// Where a server that is bound to this address is reached from its own host.
+fn reached_at(bound: SocketAddr) -> SocketAddr {
+    if bound.ip().is_unspecified() { (Ipv4Addr::LOCALHOST, bound.port()).into() } else { bound }
+}
+
 /// The key of an earlier start, if this database knows it.
 async fn valid_key(path: &Path, pool: &PgPool) -> Result<Option<Secret>> {
     let known = fs::read(path).ok().and_then(|bytes| serde_json::from_slice::<ClientFile>(&bytes).ok());
@@ -156,4 +167,17 @@ async fn valid_key(path: &Path, pool: &PgPool) -> Result<Option<Secret>> {
     let grant =
         keys::find_grant(pool, known.api_key.expose()).await.context("look up the API key of an earlier start")?;
     Ok(grant.map(|_| known.api_key))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_is_reached_where_it_listens() {
+        let reached = |bound: &str| reached_at(bound.parse().expect("an address")).to_string();
+        assert_eq!(reached("0.0.0.0:80"), "127.0.0.1:80");
+        assert_eq!(reached("10.0.0.5:80"), "10.0.0.5:80");
+        assert_eq!(reached("[::1]:80"), "[::1]:80");
+    }
 }

@@ -45,7 +45,7 @@ pub struct Job {
     id: JobId,
     name: String,
     state: JobState,
-    /// Why a queued job is not running yet; null for others.
+    /// Why a queued or paused job is not running; null for others.
     wait_reason: Option<WaitReason>,
     /// 1 for the queued job that is next; null for others.
     queue_position: Option<i64>,
@@ -291,7 +291,7 @@ pub async fn find_job(caller: Caller, State(state): State<AppState>, Path(id): P
 
 /// Read a job's logs
 ///
-/// Those of all attempts, in order. An attempt's log is there once the attempt has ended.
+/// Those of all attempts, in order. That of an attempt which runs is some seconds behind.
 #[utoipa::path(get, path = "/v1/jobs/{job_id}/logs", tag = "jobs", params(("job_id" = String, Path)),
     responses((status = 200, description = "The logs", content_type = "text/plain", body = String),
         CallerErrors, NotFoundError))]

@@ -298,7 +298,7 @@ impl DatabaseConfig {
         match Self::read_part(&mut reader) {
             Some(config) => reader.finish(config),
             None => {
-                reader.missing("DATABASE_URL", "the database to migrate; an embedded one is migrated by the server");
+                reader.missing("DATABASE_URL", "the database of the server; a private one cannot be reached from outside, and `relora serve` migrates it");
                 Err(reader.into_error())
             }
         }

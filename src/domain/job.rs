@@ -27,12 +27,12 @@ impl JobState {
     }
 }
 
-/// Why a queued job is not running yet.
+/// Why a queued or paused job is not running.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema, sqlx::Type)]
 #[serde(rename_all = "snake_case")]
 #[sqlx(type_name = "text", rename_all = "snake_case")]
 pub enum WaitReason {
-    /// No live worker takes this kind of work.
+    /// No worker that takes work is alive.
     NoWorker,
     /// Workers are alive, but none has a free slot that fits.
     NoFittingSlot,

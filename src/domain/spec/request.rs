@@ -66,7 +66,7 @@ pub struct TrainSpecRequest {
 pub struct RetriesRequest {
     /// After failures of the infrastructure, in a row and without a newer state in between; 5 by default.
     pub infrastructure: Option<i64>,
-    /// After failures of other kinds, in the whole job; 0 by default.
+    /// After failures of other kinds but `timeout`, in the whole job; 0 by default.
     pub user: Option<i64>,
 }
 
@@ -287,7 +287,7 @@ impl TrainSpecRequest {
 
 /// serde also reads an object's fields from an array, in their order: nobody means that.
 fn take_out_arrays(json: &mut Value) -> Vec<Problem> {
-    const OBJECTS: [&str; 10] = [
+    const OBJECTS: [&str; 11] = [
         "/model",
         "/method/optimizer_reset",
         "/method",
@@ -298,6 +298,7 @@ fn take_out_arrays(json: &mut Value) -> Vec<Problem> {
         "/eval",
         "/checkpoints",
         "/resources",
+        "/retries",
     ];
     let is_array = |pointer: &&str| json.pointer(pointer).is_some_and(Value::is_array);
     let pointers: Vec<_> = OBJECTS.into_iter().filter(is_array).collect();
@@ -355,8 +356,9 @@ mod tests {
     }
 
     #[test]
-    fn the_settings_of_memory_are_an_object() {
+    fn settings_in_groups_are_objects() {
         assert_eq!(pointers(json!({"memory": ["none", "full", "auto"]})), ["/memory"]);
+        assert_eq!(pointers(json!({"retries": [3, 1]})), ["/retries"]);
         assert_eq!(pointers(json!({"memory": null, "batch": {"micro_batch_seqs": "auto"}})), [""; 0]);
     }
 
