@@ -298,7 +298,9 @@ impl DatabaseConfig {
         match Self::read_part(&mut reader) {
             Some(config) => reader.finish(config),
             None => {
-                reader.missing("DATABASE_URL", "the database of the server; a private one cannot be reached from outside, and `relora serve` migrates it");
+                let why =
+                    "the database of the server; `relora serve` migrates a private one, which nobody else can reach";
+                reader.missing("DATABASE_URL", why);
                 Err(reader.into_error())
             }
         }
