@@ -2,15 +2,17 @@
 //! heartbeat of its worker.
 
 use serde_json::json;
-use sqlx::{PgConnection, PgPool};
+use sqlx::{PgConnection, PgPool, types::Json};
 
 use super::{
     events::{self, NewEvent},
+    jobs,
     leases::Desired,
 };
 use crate::domain::{
     ids::{JobId, ProjectId, WorkItemId},
     job::{EventType, JobState},
+    spec::{Choices, TrainSpec},
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -221,20 +223,27 @@ async fn has_a_beginning(connection: &mut PgConnection, id: &JobId) -> sqlx::Res
     .await
 }
 
-/// Budgets and the clock of the maximum runtime begin anew.
+/// Budgets and the clock of the maximum runtime begin anew. Without a state to go on from so does everything: the trainer
+/// chooses again, perhaps on a worker with more memory.
 async fn start_over(connection: &mut PgConnection, id: &JobId, work_item: &WorkItemId) -> sqlx::Result<()> {
-    sqlx::query!(
+    let job = sqlx::query!(
         r#"
         -- db::job_commands::start_over
         with refilled as (
             update work_items set infra_failures = 0, user_failures = 0 where id = $2
         )
-        update jobs set failure = null, retried_at = now() where id = $1
+        update jobs j set failure = null, retried_at = now(),
+            choices = case when exists (
+                select 1 from nodes where job_id = j.id and kind = 'state' and not superseded
+            ) then choices end
+        where id = $1
+        returning spec as "spec: Json<TrainSpec>", choices as "choices: Json<Choices>"
         "#,
         id.as_str(),
         work_item.as_str(),
     )
-    .execute(connection)
+    .fetch_one(&mut *connection)
     .await?;
-    Ok(())
+    let spec = job.choices.map_or_else(|| job.spec.0.clone(), |choices| job.spec.with_choices(&choices));
+    jobs::set_needs(connection, id, &spec).await
 }

@@ -11,6 +11,7 @@ use super::{
 use crate::domain::{
     ids::{DatasetId, JobId, NodeId, ProjectId, WorkItemId},
     job::{EventType, Failure, JobState, WaitReason},
+    memory,
     spec::{Choices, Device, TrainSpec},
 };
 
@@ -54,8 +55,8 @@ pub async fn create(
         r#"
         -- db::jobs::create
         with queued as (
-            insert into work_items (id, project_id, kind, priority, device, num_gpus)
-            values ($1, $2, 'train', $3, $4, $5)
+            insert into work_items (id, project_id, kind, priority, device, num_gpus, cpu_bytes, gpu_bytes)
+            values ($1, $2, 'train', $3, $4, $5, $13, $14)
             returning id
         )
         insert into jobs (id, project_id, work_item_id, dataset_id, tokenization_id, init_node_id, name, spec, warnings)
@@ -73,12 +74,31 @@ pub async fn create(
         spec.name,
         json!(spec),
         warnings,
+        memory::needed_bytes(spec, Device::Cpu),
+        memory::needed_bytes(spec, Device::Cuda),
     )
     .execute(&mut *connection)
     .await?;
     let event = NewEvent { kind: EventType::Submitted, lease_epoch: None, message: "submitted", data: json!({}) };
     events::append(connection, &id, event).await?;
     Ok(id)
+}
+
+/// Notes what a job needs with this spec, for whoever may claim it.
+pub(super) async fn set_needs(connection: &mut PgConnection, id: &JobId, spec: &TrainSpec) -> sqlx::Result<()> {
+    sqlx::query!(
+        r#"
+        -- db::jobs::set_needs
+        update work_items set cpu_bytes = $2, gpu_bytes = $3
+        where id = (select work_item_id from jobs where id = $1)
+        "#,
+        id.as_str(),
+        memory::needed_bytes(spec, Device::Cpu),
+        memory::needed_bytes(spec, Device::Cuda),
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
 }
 
 pub async fn find(pool: &PgPool, project: &ProjectId, id: &JobId) -> sqlx::Result<Option<JobRow>> {
@@ -122,6 +142,16 @@ async fn select(
                     select 1 from workers
                     where last_seen_at > now() - make_interval(secs => $6) and not is_draining
                 ) then 'no_worker'
+                -- Of the living ones that have its device; see db::leases::claim.
+                when not (
+                    select bool_or(coalesce(
+                        case when device = 'cpu' then w.cpu_bytes when w.device <> 'cpu' then w.gpu_bytes end <= memory_bytes,
+                        true
+                    ))
+                    from workers
+                    where last_seen_at > now() - make_interval(secs => $6) and not is_draining
+                        and (w.device in ('auto', 'cpu') or (w.device = device and w.num_gpus <= num_gpus))
+                ) then 'not_enough_memory'
                 else 'no_fitting_slot'
             end as "wait_reason: WaitReason",
             case when j.state = 'queued' then (

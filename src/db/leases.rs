@@ -108,7 +108,9 @@ pub async fn claim(
         -- db::leases::claim
         with me as (
             -- Held, so that whoever sets it to drain comes before this claim, or sees it.
-            select id, coalesce(numerics, '{}') as numerics from workers where id = $1 and not is_draining for share
+            select id, memory_bytes, coalesce(numerics, '{}') as numerics
+            from workers where id = $1 and not is_draining
+            for share
         ), next as (
             select w.id
             from work_items w, me
@@ -118,6 +120,11 @@ pub async fn claim(
                 and w.format_version <= $6
                 -- Every worker has a CPU; without one of its GPUs num_gpus means nothing.
                 and (w.device in ('auto', 'cpu') or (w.device = $3 and w.num_gpus <= $4))
+                -- Nothing is known of the memory beside a GPU.
+                and coalesce(
+                    case when $3 = 'cpu' then w.cpu_bytes when w.device <> 'cpu' then w.gpu_bytes end <= me.memory_bytes,
+                    true
+                )
                 and (
                     w.kind <> 'train'
                     or exists (

@@ -5,6 +5,7 @@ use sqlx::{PgConnection, PgPool};
 
 use super::{
     events::{self, NewEvent},
+    jobs,
     leases::{self, Lease, Next, Outcome, WriteError},
 };
 use crate::domain::{
@@ -136,6 +137,18 @@ pub async fn mark_running(
 ) -> Result<(), WriteError> {
     let mut tx = pool.begin().await?;
     leases::fence(&mut tx, lease).await?;
+    let known = sqlx::query!(
+        r#"
+        -- db::training::mark_running: spec
+        select spec as "spec: sqlx::types::Json<TrainSpec>", choices as "choices: sqlx::types::Json<Choices>"
+        from jobs where id = $1
+        "#,
+        job.as_str(),
+    )
+    .fetch_one(&mut *tx)
+    .await?;
+    let kept = known.choices.map_or(*choices, |first| first.0);
+    jobs::set_needs(&mut tx, job, &known.spec.with_choices(&kept)).await?;
     sqlx::query!(
         r#"
         -- db::training::mark_running
@@ -143,12 +156,12 @@ pub async fn mark_running(
         set state = case when state = 'starting' then 'running' else state end,
             started_at = coalesce(started_at, now()),
             numerics = $2,
-            choices = coalesce(choices, $3)
+            choices = $3
         where id = $1
         "#,
         job.as_str(),
         json!(fingerprint),
-        json!(choices),
+        json!(kept),
     )
     .execute(&mut *tx)
     .await?;

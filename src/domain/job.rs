@@ -36,6 +36,8 @@ pub enum WaitReason {
     NoWorker,
     /// Workers are alive, but none has a free slot that fits.
     NoFittingSlot,
+    /// Workers are alive, but none has the memory that the job needs: start a larger one, or fork with smaller settings.
+    NotEnoughMemory,
     /// The project uses all that it may.
     Quota,
     /// The last attempt failed; the next one starts after a delay.

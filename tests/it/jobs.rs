@@ -179,6 +179,26 @@ async fn a_model_that_fits_on_no_worker_is_refused_with_what_it_needs(pool: PgPo
 }
 
 #[sqlx::test]
+async fn a_job_that_needs_more_memory_than_there_is_says_that_it_waits_for_it(pool: PgPool) {
+    let app = TestApp::start(pool).await;
+    let (dataset, _) = app.given_tokens().await;
+    let mut spec = spec(&dataset);
+    spec["model"] = json!({"preset": "llama-1b"});
+    let job = app.create_job(&spec).await.json();
+    assert_eq!(job["wait_reason"], "no_worker");
+    let reason =
+        async || app.get(&format!("/v1/jobs/{}", job["id"].as_str().unwrap())).await.json()["wait_reason"].clone();
+    insert_worker_with(&app, "cpu", Some(8 << 30), None).await;
+    assert_eq!(reason().await, "not_enough_memory");
+    insert_worker_with(&app, "cuda", Some(64 << 30), None).await;
+    assert_eq!(reason().await, "no_fitting_slot");
+    sqlx::query("update workers set is_draining = true where device = 'cuda'").execute(&app.pool).await.unwrap();
+    assert_eq!(reason().await, "not_enough_memory");
+    insert_worker_with(&app, "cpu", None, None).await;
+    assert_eq!(reason().await, "no_fitting_slot", "it may do");
+}
+
+#[sqlx::test]
 async fn bf16_that_is_slower_wherever_the_job_may_run_is_warned_of(pool: PgPool) {
     let app = TestApp::start(pool).await;
     let (dataset, _) = app.given_tokens().await;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use relora::{
     db::{
+        job_commands::{self, Answer, JobCommand},
         leases::{self, Lease, WorkKind, WriteError},
         nodes::{self, StoredFile},
         recovery,
@@ -15,6 +16,7 @@ use relora::{
         ids::{JobId, WorkerId},
         job::{Failure, FailureKind},
         lineage::NodeKind,
+        memory,
         offer::Offer,
         spec::{Choices, DataFacts, Device, MergedPlan, TrainSpecRequest},
     },
@@ -23,8 +25,12 @@ use serde_json::json;
 use sqlx::PgPool;
 
 pub async fn worker(pool: &PgPool) -> WorkerId {
+    worker_with(pool, Some(1 << 34)).await
+}
+
+async fn worker_with(pool: &PgPool, memory_bytes: Option<i64>) -> WorkerId {
     let id = WorkerId::new();
-    let offer = Offer { device: Device::Cpu, num_gpus: 0, memory_bytes: Some(1 << 34), bf16_speedup: Some(0.5) };
+    let offer = Offer { device: Device::Cpu, num_gpus: 0, memory_bytes, bf16_speedup: Some(0.5) };
     workers::register(pool, &id, "test", &offer, &numerics("cpu")).await.unwrap();
     id
 }
@@ -159,6 +165,47 @@ async fn a_job_waits_for_its_tokens(pool: PgPool) {
 }
 
 #[sqlx::test(migrations = "./migrations")]
+async fn a_worker_leaves_what_is_too_large_for_it_to_those_with_more_memory(pool: PgPool) {
+    project(&pool, "ready").await;
+    let (small, unknown) = (worker_with(&pool, Some(99)).await, worker_with(&pool, None).await);
+    for name in ["first", "second"] {
+        job(&pool, name, 0).await;
+        job(&pool, &format!("{name}-small"), 0).await;
+    }
+    sqlx::query("update work_items set cpu_bytes = 100 where id in ('w-first', 'w-second')")
+        .execute(&pool)
+        .await
+        .unwrap();
+    sqlx::query("update work_items set cpu_bytes = 99 where id = 'w-first-small'").execute(&pool).await.unwrap();
+    for name in ["w-first-small", "w-second-small"] {
+        assert_eq!(claim(&pool, &small).await.unwrap().work_item.as_str(), name);
+    }
+    assert_eq!(claim(&pool, &small).await, None);
+    assert_eq!(claim(&pool, &unknown).await.unwrap().work_item.as_str(), "w-first");
+    assert_eq!(claim(&pool, &worker_with(&pool, Some(100)).await).await.unwrap().work_item.as_str(), "w-second");
+}
+
+#[sqlx::test(migrations = "./migrations")]
+async fn what_a_gpu_needs_counts_on_a_gpu_alone(pool: PgPool) {
+    project(&pool, "ready").await;
+    job(&pool, "auto", 0).await;
+    job(&pool, "cpu", 0).await;
+    sqlx::query("update work_items set cpu_bytes = 100, gpu_bytes = 10").execute(&pool).await.unwrap();
+    sqlx::query("update work_items set device = 'cpu', gpu_bytes = 1000 where id = 'w-cpu'")
+        .execute(&pool)
+        .await
+        .unwrap();
+    let (cpu, gpu) = (worker_with(&pool, Some(50)).await, worker_with(&pool, Some(50)).await);
+    assert_eq!(claim(&pool, &cpu).await, None);
+    let mut connection = pool.acquire().await.unwrap();
+    for name in ["w-auto", "w-cpu"] {
+        let lease =
+            leases::claim(&mut connection, &gpu, WorkKind::Train, Device::Cuda, 1, 30.0).await.unwrap().unwrap();
+        assert_eq!(lease.work_item.as_str(), name, "of the CPU beside a GPU nothing is known");
+    }
+}
+
+#[sqlx::test(migrations = "./migrations")]
 async fn workers_that_claim_at_once_never_get_the_same_item(pool: PgPool) {
     project(&pool, "ready").await;
     for i in 0..40 {
@@ -266,7 +313,31 @@ async fn what_the_first_attempt_chose_holds_for_all_that_follow(pool: PgPool) {
         training::finish(&pool, &lease, &TrainingEnd::Released).await.unwrap();
     }
     let lease = claim(&pool, &worker).await.unwrap();
-    assert_eq!(begin(&pool, &lease).await.choices, Some(chosen(2)));
+    let training = begin(&pool, &lease).await;
+    assert_eq!(training.choices, Some(chosen(2)));
+    let needs = async || {
+        sqlx::query_scalar::<_, Option<i64>>("select cpu_bytes from work_items where kind = 'train'")
+            .fetch_one(&pool)
+            .await
+            .unwrap()
+    };
+    assert_eq!(needs().await, Some(memory::needed_bytes(&training.settled_spec(), Device::Cpu)));
+
+    let retry = async |lease: &Lease| {
+        let failure = Failure::new(FailureKind::OutOfMemory, "too large");
+        training::finish(&pool, lease, &TrainingEnd::Failed(failure)).await.unwrap();
+        let answer = job_commands::give(&pool, &"p".to_owned().into(), &job, JobCommand::Retry).await.unwrap();
+        assert_eq!(answer, Answer::Accepted);
+    };
+    commit(&pool, &lease, &job, node(NodeKind::State, 10)).await.unwrap();
+    retry(&lease).await;
+    let lease = claim(&pool, &worker).await.unwrap();
+    assert_eq!(begin(&pool, &lease).await.choices, Some(chosen(2)), "it goes on from a state");
+    sqlx::query("delete from nodes").execute(&pool).await.unwrap();
+    retry(&lease).await;
+    assert_eq!(needs().await, Some(memory::needed_bytes(&training.spec, Device::Cpu)));
+    let lease = claim(&pool, &worker).await.unwrap();
+    assert_eq!(begin(&pool, &lease).await.choices, None, "it begins anew");
 }
 
 #[sqlx::test(migrations = "./migrations")]

@@ -34,6 +34,15 @@ pub fn choose(spec: &TrainSpec, device: Device, memory_bytes: Option<i64>) -> Ch
     with(merged_weights)(micro_batch_seqs)
 }
 
+/// What a run needs at the least with the settings that it has: what they leave open is chosen for little memory.
+pub fn needed_bytes(spec: &TrainSpec, device: Device) -> i64 {
+    let choices = Choices {
+        micro_batch_seqs: spec.batch.micro_batch_seqs.seqs().unwrap_or(1),
+        merged_weights: spec.memory.merged_weights.plan().unwrap_or(MergedPlan::Scratch),
+    };
+    bytes(spec, &choices, device)
+}
+
 /// A run for which memory is too small.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Shortage {
@@ -103,7 +112,7 @@ fn remedy(spec: &TrainSpec, choices: Choices, device: Device, memory: i64) -> (&
     ("/model", advice)
 }
 
-/// What a run needs at the least: one sequence at a time, whatever can be computed again computed again, and the frozen
+/// What a run needs at the least with any settings: one sequence at a time, whatever can be computed again computed again, and the frozen
 /// weights in the form that takes least.
 pub(super) fn least_bytes(spec: &TrainSpec, device: Device) -> i64 {
     let choices = Choices { micro_batch_seqs: 1, merged_weights: MergedPlan::Scratch };

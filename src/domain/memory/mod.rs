@@ -14,7 +14,7 @@ use super::spec::{
     Choices, Device, FactorsSpec, FrozenWeights, Linear, MergedPlan, MethodSpec, ModelSpec, Precision, Recompute,
     TrainSpec,
 };
-pub use choose::{Shortage, choose, shortage, too_large};
+pub use choose::{Shortage, choose, needed_bytes, shortage, too_large};
 
 /// An fp32 value with its gradient and its two moments.
 const TRAINED_BYTES: i64 = 16;

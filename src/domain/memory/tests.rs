@@ -238,6 +238,20 @@ fn a_shortage_is_of_what_is_given_and_not_of_what_may_be_chosen() {
 }
 
 #[test]
+fn a_run_is_short_of_memory_where_there_is_less_than_it_needs() {
+    let auto = [("/batch/sequence_length", json!(64))];
+    let given = [auto[0].clone(), ("/batch/micro_batch_seqs", json!(3)), ("/memory/merged_weights", json!("resident"))];
+    let quantised = [auto[0].clone(), ("/memory/frozen_weights", json!("nf4"))];
+    for changes in [&auto[..], &given, &quantised] {
+        for device in [Device::Cpu, Device::Cuda] {
+            let needed = needed_bytes(&spec(changes), device);
+            assert_eq!(shortage(&spec(changes), device, needed), None, "{changes:?}");
+            assert!(shortage(&spec(changes), device, needed - 1).is_some(), "{changes:?}");
+        }
+    }
+}
+
+#[test]
 fn a_shortage_points_at_what_its_advice_changes() {
     let given = |seqs: i64| spec(&[("/batch/sequence_length", json!(64)), ("/batch/micro_batch_seqs", json!(seqs))]);
     let of = |seqs: i64, memory: i64| {
