@@ -57,8 +57,11 @@ impl TrainError {
 }
 
 fn kind_of(message: &str) -> FailureKind {
+    // libtorch's allocators, the driver, and cuBLAS each say it in their own way.
+    const NO_MEMORY: [&str; 5] =
+        ["out of memory", "can't allocate memory", "not enough memory", "ERROR_OUT_OF_MEMORY", "STATUS_ALLOC_FAILED"];
     let says = |text: &str| message.contains(text);
-    if says("out of memory") || says("can't allocate memory") || says("not enough memory") {
+    if NO_MEMORY.into_iter().any(says) {
         FailureKind::OutOfMemory
     } else if says("CUDA error") || says("CUDA driver") || says("no NVIDIA driver") {
         FailureKind::Infrastructure
@@ -79,5 +82,19 @@ mod tests {
         .expect_err("an exbibyte is not there");
         let error = TrainError::from_panic(&*payload);
         assert_eq!(error.kind, FailureKind::OutOfMemory, "{error}");
+    }
+
+    #[test]
+    fn a_gpu_without_memory_is_told_from_a_gpu_that_fails() {
+        let kinds = [
+            ("CUDA out of memory. Tried to allocate 2.00 GiB", FailureKind::OutOfMemory),
+            ("cuLaunchKernel: CUDA_ERROR_OUT_OF_MEMORY", FailureKind::OutOfMemory),
+            ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", FailureKind::OutOfMemory),
+            ("CUDA error: an illegal memory access was encountered", FailureKind::Infrastructure),
+            ("shape '[2]' is invalid", FailureKind::Internal),
+        ];
+        for (message, kind) in kinds {
+            assert_eq!(kind_of(message), kind, "{message}");
+        }
     }
 }
