@@ -1,6 +1,7 @@
 """Measures our trainer: the executable itself, on a spec and random tokens, ended when enough updates are done."""
 
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -137,8 +138,10 @@ def watch(process, case):
 
 
 def used_device_bytes():
-    """Memory in use on the first GPU, by whatever process, as the driver counts it. None if it does not say."""
+    """Memory in use on the GPU that the trainer takes, by whatever process, as the driver counts it. None if it does not
+    say."""
     if not shutil.which("nvidia-smi"):
         return None
-    command = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", f"--id={gpu}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) << 20
