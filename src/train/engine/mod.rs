@@ -36,8 +36,8 @@ use crate::domain::spec::{FrozenWeights, MergedPlan, ModelSpec, Precision, Recom
 /// Tokens whose logits are in memory at a time.
 const LOSS_CHUNK_TOKENS: i64 = 1_024;
 
-/// Sizes of matrices are rounded up to a multiple of this many elements: where rows begin at odd addresses, products
-/// take up to half as long again (docs/performance.md).
+/// Sizes of matrices are rounded up to a multiple of this many elements: where rows begin at odd addresses, products by
+/// MKL take a third as long again (docs/performance.md), and a GPU's matrix units want multiples of 16 bytes.
 const PADDING: i64 = 16;
 
 /// How the engine computes, beside what.

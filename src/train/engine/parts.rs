@@ -11,6 +11,7 @@ use crate::{
     domain::spec::{Linear, ModelSpec},
     train::{
         model::{EMBEDDING, HEAD, linear_path},
+        native,
         weights::{Place, Weights},
     },
 };
@@ -46,7 +47,10 @@ pub fn head(spec: &ModelSpec, weights: &Weights, shared: &Shared) -> Projection 
     let name = if spec.tie_word_embeddings { EMBEDDING } else { HEAD };
     let shape = (spec.vocab_size, spec.hidden_size);
     let matrix = weights.matrix(name.trim_end_matches(".weight"), shape);
-    let padded = Padded { rows: Some(shared.padded(spec.vocab_size)), inputs: spec.hidden_size };
+    // oneDNN takes logits only without padding, and is as quick with them.
+    let (kind, device) = shared.products();
+    let rows = (!native::has_onednn(kind, device)).then(|| shared.padded(spec.vocab_size));
+    let padded = Padded { rows, inputs: spec.hidden_size };
     Projection::new(vec![matrix], 7 * spec.num_hidden_layers, padded, shared)
 }
 

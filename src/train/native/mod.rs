@@ -109,9 +109,9 @@ pub fn give_back_memory() {
 /// is slower where it was measured (docs/performance.md); of parts of rows oneDNN makes copies, and then it is slower
 /// itself. What oneDNN refuses is left as it was.
 pub fn onednn_multiply(left: &Tensor, right: &Tensor, out: &Tensor, adds: bool) -> bool {
-    let is_fp32 = |x: &Tensor| x.kind() == Kind::Float && x.device() == tch::Device::Cpu && x.dim() == 2;
+    let is_taken = |x: &Tensor| x.dim() == 2 && has_onednn(x.kind(), x.device());
     let is_whole = |x: &Tensor| x.numel() > 0 && (x.is_contiguous() || x.tr().is_contiguous());
-    if !(has_avx512() && [left, right, out].into_iter().all(is_fp32) && is_whole(left) && is_whole(right)) {
+    if !([left, right, out].into_iter().all(is_taken) && is_whole(left) && is_whole(right)) {
         return false;
     }
     // SAFETY: tch's tensors are libtorch's, which checks their sizes.
@@ -120,6 +120,11 @@ pub fn onednn_multiply(left: &Tensor, right: &Tensor, out: &Tensor, adds: bool) 
         let [left, right, out] = [left, right, out].map(|x| x.as_ptr().cast::<c_void>());
         relora_onednn_multiply(left, right, out, i32::from(adds)) != 0
     }
+}
+
+/// Whether matrices of this kind on this device are multiplied by oneDNN where they lie whole.
+pub fn has_onednn(kind: Kind, device: tch::Device) -> bool {
+    kind == Kind::Float && device == tch::Device::Cpu && has_avx512()
 }
 
 /// What libtorch asks of a processor before it has oneDNN multiply.
