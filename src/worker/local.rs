@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 
 use super::{
     tokenize::{TokenizeRequest, TokenizerSource, tokenize},
-    trainer::{Trainer, TrainerArgs},
+    trainer::{Trainer, TrainerArgs, probe},
 };
 use crate::{
     domain::{
@@ -17,8 +17,9 @@ use crate::{
         data::{TOKENIZATION_FILE, TOKENIZER_FILE, TokenizationMeta},
         ids::{DatasetId, NodeId, TokenizationId},
         lineage::NodeKind,
+        offer,
         problem::Problem,
-        spec::{DataFacts, InitFacts, TrainSpec, TrainSpecRequest},
+        spec::{DataFacts, InitFacts, Precision, TrainSpec, TrainSpecRequest},
     },
     shutdown::Shutdown,
 };
@@ -85,6 +86,12 @@ pub async fn train(run: LocalRun, shutdown: Shutdown) -> Result<()> {
         None => read_spec(&run.spec, &data, weights.as_ref().map(|weights| &weights.facts))?,
     };
     std::fs::write(&normalised, serde_json::to_vec_pretty(&spec)?)?;
+    if spec.precision == Precision::Bf16 {
+        let found = probe(&run.trainer).await?;
+        offer::bf16_warning(&spec, &[found.offer])
+            .iter()
+            .for_each(|warning| println!("warning: /precision: {warning}"));
+    }
     let args = TrainerArgs {
         program: &run.trainer,
         spec: normalised,

@@ -18,6 +18,8 @@ use crate::{
     },
 };
 
+/// Of gradients beside the loss.
+const SCALE: f64 = 0.125;
 const PLACE: DropoutPlace = DropoutPlace { seed: 3, first_seq: 70 };
 
 /// Every way in which a model can be made of matrices and factors.
@@ -108,7 +110,7 @@ fn gradients_of(
 ) -> (f64, Vec<(String, Tensor)>) {
     weights.groups().for_each(|group| drop(group.gradients.shallow_clone().zero_()));
     let mut engine = Engine::new(&spec.model, weights, settings);
-    let loss = engine.forward_backward(rows, 0.125, PLACE).double_value(&[]);
+    let loss = engine.forward_backward(rows, SCALE, PLACE).double_value(&[]);
     let named = weights.groups().flat_map(|group| group.names().map(str::to_owned).zip(group.views(&group.gradients)));
     (loss, named.map(|(name, gradient)| (name, gradient.copy())).collect())
 }
@@ -126,7 +128,7 @@ fn largest_error(got: &[(String, Tensor)], want: &std::collections::BTreeMap<Str
 
 fn assert_equals_oracle(rows: &Tensor, spec: &TrainSpec, weights: &Weights, settings: Settings, tolerance: f64) {
     let oracle = Oracle::new(&spec.model, weights, settings.product_kind, settings.dropout);
-    let (want_loss, want) = oracle.loss_and_gradients(rows, 0.125, PLACE);
+    let (want_loss, want) = oracle.loss_and_gradients(rows, SCALE, PLACE);
     let (loss, got) = gradients_of(rows, spec, weights, settings);
     let (error, name) = largest_error(&got, &want);
     let what = format!("{:?}, {settings:?}", spec.method);
@@ -178,7 +180,7 @@ fn in_bf16_every_gradient_is_as_near_to_that_of_fp32_as_with_autograd() {
         let spec = spec(patch);
         let weights = weights(&spec);
         let dropout = settings(&spec, Kind::Float).dropout;
-        let oracle = |kind| Oracle::new(&spec.model, &weights, kind, dropout).loss_and_gradients(&rows(), 0.125, PLACE);
+        let oracle = |kind| Oracle::new(&spec.model, &weights, kind, dropout).loss_and_gradients(&rows(), SCALE, PLACE);
         let ((want_loss, want), (_, rounded)) = (oracle(Kind::Float), oracle(Kind::BFloat16));
         let (of_autograd, _) = largest_error(&rounded.into_iter().collect::<Vec<_>>(), &want);
         for settings in every_setting(settings(&spec, Kind::BFloat16)) {
@@ -222,7 +224,7 @@ fn several_passes(spec: &TrainSpec, settings: Settings) -> Vec<Tensor> {
     let rows = rows();
     let mut results = Vec::new();
     for (start, len) in [(0, 2), (2, 2), (1, 1), (0, 2), (0, 4), (2, 2), (3, 1)] {
-        results.push(engine.forward_backward(&rows.narrow(0, start, len), 0.125, PLACE));
+        results.push(engine.forward_backward(&rows.narrow(0, start, len), SCALE, PLACE));
         results.extend(weights.groups().map(|group| group.gradients.copy()));
         if len == 1 {
             weights.groups().for_each(|group| drop(group.values.shallow_clone().g_mul_scalar_(0.9)));
@@ -279,7 +281,7 @@ fn quantised_weights_compute_with_what_they_stand_for() {
             );
         }
         let oracle = Oracle::new(&spec.model, &copy_trained(&weights, stands_for), Kind::Double, 0.0);
-        let (_, want) = oracle.loss_and_gradients(&rows(), 0.125, PLACE);
+        let (_, want) = oracle.loss_and_gradients(&rows(), SCALE, PLACE);
         for ops in comparable_ops(0.0) {
             let settings = Settings { frozen_weights: format, ops, ..settings(&spec, Kind::Double) };
             let (error, name) = largest_error(&gradients(&spec, &weights, settings).1, &want);
@@ -346,6 +348,42 @@ fn padding_changes_no_weight_that_is_exported() {
                 let error = relative_error(got, want);
                 assert!(error < 1e-11, "{name} is off by {error:e}");
             }
+        }
+    }
+}
+
+/// The loss where every trained value is moved along its gradient, by `step` over all of them.
+fn loss_along(gradients: &[Tensor], step: f64, spec: &TrainSpec, weights: &Weights, settings: Settings) -> f64 {
+    let move_by = |step: f64| {
+        for (group, gradient) in weights.groups().zip(gradients) {
+            let mut values = group.values.shallow_clone();
+            values += gradient * step;
+        }
+    };
+    move_by(step);
+    let (loss, _) = self::gradients(spec, weights, settings);
+    move_by(-step);
+    loss
+}
+
+#[test]
+fn libtorch_draws_the_same_masks_backward_as_forward() {
+    for change in models() {
+        let spec = spec(change.clone());
+        let base = Settings { ops: OpsChoice::Libtorch, ..settings(&spec, Kind::Double) };
+        if base.dropout == 0.0 {
+            continue;
+        }
+        let weights = weights(&spec).in_double();
+        for settings in every_setting(base) {
+            gradients(&spec, &weights, settings);
+            let found: Vec<_> = weights.groups().map(|group| group.gradients.copy()).collect();
+            let square =
+                found.iter().map(|gradient| gradient.square().sum(Kind::Double).double_value(&[])).sum::<f64>();
+            let step = 1e-5 / square.sqrt();
+            let loss = |step| loss_along(&found, step, &spec, &weights, settings);
+            let slope = SCALE * (loss(step) - loss(-step)) / (2.0 * step);
+            assert!((slope / square - 1.0).abs() < 1e-6, "{slope} for {square}: {settings:?} of {change}");
         }
     }
 }
