@@ -2,7 +2,7 @@
 //! heartbeat of its worker.
 
 use serde_json::json;
-use sqlx::{PgConnection, PgPool, types::Json};
+use sqlx::{PgConnection, PgPool};
 
 use super::{
     events::{self, NewEvent},
@@ -12,7 +12,6 @@ use super::{
 use crate::domain::{
     ids::{JobId, ProjectId, WorkItemId},
     job::{EventType, JobState},
-    spec::{Choices, TrainSpec},
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -226,7 +225,7 @@ async fn has_a_beginning(connection: &mut PgConnection, id: &JobId) -> sqlx::Res
 /// Budgets and the clock of the maximum runtime begin anew. Without a state to go on from so does everything: the trainer
 /// chooses again, perhaps on a worker with more memory.
 async fn start_over(connection: &mut PgConnection, id: &JobId, work_item: &WorkItemId) -> sqlx::Result<()> {
-    let job = sqlx::query!(
+    sqlx::query!(
         r#"
         -- db::job_commands::start_over
         with refilled as (
@@ -237,13 +236,11 @@ async fn start_over(connection: &mut PgConnection, id: &JobId, work_item: &WorkI
                 select 1 from nodes where job_id = j.id and kind = 'state' and not superseded
             ) then choices end
         where id = $1
-        returning spec as "spec: Json<TrainSpec>", choices as "choices: Json<Choices>"
         "#,
         id.as_str(),
         work_item.as_str(),
     )
-    .fetch_one(&mut *connection)
+    .execute(&mut *connection)
     .await?;
-    let spec = job.choices.map_or_else(|| job.spec.0.clone(), |choices| job.spec.with_choices(&choices));
-    jobs::set_needs(connection, id, &spec).await
+    jobs::note_needs(connection, id, None).await
 }

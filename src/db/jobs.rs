@@ -74,8 +74,8 @@ pub async fn create(
         spec.name,
         json!(spec),
         warnings,
-        memory::needed_bytes(spec, Device::Cpu),
-        memory::needed_bytes(spec, Device::Cuda),
+        memory::needed_bytes(spec, 0, Device::Cpu),
+        memory::needed_bytes(spec, 0, Device::Cuda),
     )
     .execute(&mut *connection)
     .await?;
@@ -84,17 +84,35 @@ pub async fn create(
     Ok(id)
 }
 
-/// Notes what a job needs with this spec, for whoever may claim it.
-pub(super) async fn set_needs(connection: &mut PgConnection, id: &JobId, spec: &TrainSpec) -> sqlx::Result<()> {
-    sqlx::query!(
+/// Notes what a job needs from its last state on, for whoever may claim it. What its trainer has just chosen counts where
+/// an earlier one has not.
+pub(super) async fn note_needs(
+    connection: &mut PgConnection,
+    id: &JobId,
+    chosen: Option<&Choices>,
+) -> sqlx::Result<()> {
+    let job = sqlx::query!(
         r#"
-        -- db::jobs::set_needs
-        update work_items set cpu_bytes = $2, gpu_bytes = $3
-        where id = (select work_item_id from jobs where id = $1)
+        -- db::jobs::note_needs: job
+        select work_item_id, spec as "spec: Json<TrainSpec>", choices as "choices: Json<Choices>",
+            (select max(step) from nodes where job_id = j.id and kind = 'state' and not superseded) as last_step
+        from jobs j
+        where id = $1
         "#,
         id.as_str(),
-        memory::needed_bytes(spec, Device::Cpu),
-        memory::needed_bytes(spec, Device::Cuda),
+    )
+    .fetch_one(&mut *connection)
+    .await?;
+    let spec = match job.choices.as_deref().or(chosen) {
+        Some(choices) => job.spec.with_choices(choices),
+        None => job.spec.0,
+    };
+    let needed = |device| memory::needed_bytes(&spec, job.last_step.unwrap_or(0), device);
+    sqlx::query!(
+        "-- db::jobs::note_needs\nupdate work_items set cpu_bytes = $2, gpu_bytes = $3 where id = $1",
+        job.work_item_id,
+        needed(Device::Cpu),
+        needed(Device::Cuda),
     )
     .execute(connection)
     .await?;
@@ -145,7 +163,8 @@ async fn select(
                 -- Of the living ones that have its device; see db::leases::claim.
                 when not (
                     select bool_or(coalesce(
-                        case when device = 'cpu' then w.cpu_bytes when w.device <> 'cpu' then w.gpu_bytes end <= memory_bytes,
+                        case when device = 'cpu' then w.cpu_bytes when w.device <> 'cpu' then w.gpu_bytes end
+                            <= memory_bytes,
                         true
                     ))
                     from workers

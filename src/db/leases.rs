@@ -122,7 +122,8 @@ pub async fn claim(
                 and (w.device in ('auto', 'cpu') or (w.device = $3 and w.num_gpus <= $4))
                 -- Nothing is known of the memory beside a GPU.
                 and coalesce(
-                    case when $3 = 'cpu' then w.cpu_bytes when w.device <> 'cpu' then w.gpu_bytes end <= me.memory_bytes,
+                    case when $3 = 'cpu' then w.cpu_bytes when w.device <> 'cpu' then w.gpu_bytes end
+                        <= me.memory_bytes,
                     true
                 )
                 and (

@@ -5,6 +5,7 @@ use sqlx::{PgConnection, PgPool};
 
 use super::{
     events::{self, NewEvent},
+    jobs,
     leases::{self, Lease, WriteError},
     objects,
     training::{self, Metric},
@@ -92,6 +93,7 @@ pub async fn commit(
     insert_files(&mut tx, &node, files).await?;
     if report.kind == NodeKind::State {
         forget_infra_failures(&mut tx, lease).await?;
+        jobs::note_needs(&mut tx, job, None).await?;
     }
     training::insert_metrics(&mut tx, lease, job, &metrics(report, lag_s)).await?;
     let (kind, message) = announcement(report);

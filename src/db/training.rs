@@ -137,18 +137,8 @@ pub async fn mark_running(
 ) -> Result<(), WriteError> {
     let mut tx = pool.begin().await?;
     leases::fence(&mut tx, lease).await?;
-    let known = sqlx::query!(
-        r#"
-        -- db::training::mark_running: spec
-        select spec as "spec: sqlx::types::Json<TrainSpec>", choices as "choices: sqlx::types::Json<Choices>"
-        from jobs where id = $1
-        "#,
-        job.as_str(),
-    )
-    .fetch_one(&mut *tx)
-    .await?;
-    let kept = known.choices.map_or(*choices, |first| first.0);
-    jobs::set_needs(&mut tx, job, &known.spec.with_choices(&kept)).await?;
+    // The work item comes before the job.
+    jobs::note_needs(&mut tx, job, Some(choices)).await?;
     sqlx::query!(
         r#"
         -- db::training::mark_running
@@ -156,12 +146,12 @@ pub async fn mark_running(
         set state = case when state = 'starting' then 'running' else state end,
             started_at = coalesce(started_at, now()),
             numerics = $2,
-            choices = $3
+            choices = coalesce(choices, $3)
         where id = $1
         "#,
         job.as_str(),
         json!(fingerprint),
-        json!(kept),
+        json!(choices),
     )
     .execute(&mut *tx)
     .await?;

@@ -87,10 +87,9 @@ pub async fn train(run: LocalRun, shutdown: Shutdown) -> Result<()> {
     };
     std::fs::write(&normalised, serde_json::to_vec_pretty(&spec)?)?;
     if spec.precision == Precision::Bf16 {
-        let found = probe(&run.trainer).await?;
-        offer::bf16_warning(&spec, &[found.offer])
-            .iter()
-            .for_each(|warning| println!("warning: /precision: {warning}"));
+        // A trainer that does not start says so when it is to train.
+        let offers: Vec<_> = probe(&run.trainer).await.map(|found| found.offer).into_iter().collect();
+        offer::bf16_warning(&spec, &offers).iter().for_each(|warning| println!("warning: /precision: {warning}"));
     }
     let args = TrainerArgs {
         program: &run.trainer,

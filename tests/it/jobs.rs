@@ -190,6 +190,8 @@ async fn a_job_that_needs_more_memory_than_there_is_says_that_it_waits_for_it(po
         async || app.get(&format!("/v1/jobs/{}", job["id"].as_str().unwrap())).await.json()["wait_reason"].clone();
     insert_worker_with(&app, "cpu", Some(8 << 30), None).await;
     assert_eq!(reason().await, "not_enough_memory");
+    insert_worker_with(&app, "cuda", Some(8 << 30), None).await;
+    assert_eq!(reason().await, "not_enough_memory");
     insert_worker_with(&app, "cuda", Some(64 << 30), None).await;
     assert_eq!(reason().await, "no_fitting_slot");
     sqlx::query("update workers set is_draining = true where device = 'cuda'").execute(&app.pool).await.unwrap();

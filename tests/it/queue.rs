@@ -188,9 +188,11 @@ async fn a_worker_leaves_what_is_too_large_for_it_to_those_with_more_memory(pool
 #[sqlx::test(migrations = "./migrations")]
 async fn what_a_gpu_needs_counts_on_a_gpu_alone(pool: PgPool) {
     project(&pool, "ready").await;
-    job(&pool, "auto", 0).await;
-    job(&pool, "cpu", 0).await;
+    for name in ["large", "auto", "cpu"] {
+        job(&pool, name, 0).await;
+    }
     sqlx::query("update work_items set cpu_bytes = 100, gpu_bytes = 10").execute(&pool).await.unwrap();
+    sqlx::query("update work_items set gpu_bytes = 51 where id = 'w-large'").execute(&pool).await.unwrap();
     sqlx::query("update work_items set device = 'cpu', gpu_bytes = 1000 where id = 'w-cpu'")
         .execute(&pool)
         .await
@@ -198,10 +200,10 @@ async fn what_a_gpu_needs_counts_on_a_gpu_alone(pool: PgPool) {
     let (cpu, gpu) = (worker_with(&pool, Some(50)).await, worker_with(&pool, Some(50)).await);
     assert_eq!(claim(&pool, &cpu).await, None);
     let mut connection = pool.acquire().await.unwrap();
-    for name in ["w-auto", "w-cpu"] {
-        let lease =
-            leases::claim(&mut connection, &gpu, WorkKind::Train, Device::Cuda, 1, 30.0).await.unwrap().unwrap();
-        assert_eq!(lease.work_item.as_str(), name, "of the CPU beside a GPU nothing is known");
+    for name in [Some("w-auto"), Some("w-cpu"), None] {
+        let lease = leases::claim(&mut connection, &gpu, WorkKind::Train, Device::Cuda, 1, 30.0).await.unwrap();
+        let claimed = lease.as_ref().map(|lease| lease.work_item.as_str());
+        assert_eq!(claimed, name, "of the CPU beside a GPU nothing is known");
     }
 }
 
@@ -321,7 +323,7 @@ async fn what_the_first_attempt_chose_holds_for_all_that_follow(pool: PgPool) {
             .await
             .unwrap()
     };
-    assert_eq!(needs().await, Some(memory::needed_bytes(&training.settled_spec(), Device::Cpu)));
+    assert_eq!(needs().await, Some(memory::needed_bytes(&training.settled_spec(), 0, Device::Cpu)));
 
     let retry = async |lease: &Lease| {
         let failure = Failure::new(FailureKind::OutOfMemory, "too large");
@@ -329,13 +331,15 @@ async fn what_the_first_attempt_chose_holds_for_all_that_follow(pool: PgPool) {
         let answer = job_commands::give(&pool, &"p".to_owned().into(), &job, JobCommand::Retry).await.unwrap();
         assert_eq!(answer, Answer::Accepted);
     };
+    sqlx::query("update work_items set cpu_bytes = null").execute(&pool).await.unwrap();
     commit(&pool, &lease, &job, node(NodeKind::State, 10)).await.unwrap();
+    assert_eq!(needs().await, Some(memory::needed_bytes(&training.settled_spec(), 10, Device::Cpu)));
     retry(&lease).await;
     let lease = claim(&pool, &worker).await.unwrap();
     assert_eq!(begin(&pool, &lease).await.choices, Some(chosen(2)), "it goes on from a state");
     sqlx::query("delete from nodes").execute(&pool).await.unwrap();
     retry(&lease).await;
-    assert_eq!(needs().await, Some(memory::needed_bytes(&training.spec, Device::Cpu)));
+    assert_eq!(needs().await, Some(memory::needed_bytes(&training.spec, 0, Device::Cpu)));
     let lease = claim(&pool, &worker).await.unwrap();
     assert_eq!(begin(&pool, &lease).await.choices, None, "it begins anew");
 }

@@ -45,7 +45,7 @@ def test_a_profile_names_every_phase_and_every_kind_of_layer(make_service, tmp_p
     updates = [event for event in events if event["cat"] == "update"]
     for phase in SPANS["update"]:
         assert sum(event["name"] == phase for event in updates) == NUM_UPDATES
-    # Whatever is not in an update is not of it, and of a layer's parts there is one to a layer.
+    # Every span lies within an update, and of a layer's parts there is one to a layer.
     spans = sorted((event["ts"], event["ts"] + event["dur"]) for event in updates)
     for event in events:
         assert any(start <= event["ts"] and event["ts"] + event["dur"] <= end + 1 for start, end in spans), event

@@ -1,6 +1,6 @@
 //! The settings that fit: chosen before a run, and named after one for which memory was too small.
 
-use super::{MemoryNeeds, bytes, gib};
+use super::{MemoryNeeds, WeightBytes, bytes, gib};
 use crate::domain::spec::{Choices, Device, FrozenWeights, MemorySpec, MergedPlan, Recompute, TrainSpec};
 
 /// Tokens of a micro-batch beyond which products do not get faster: matrices are larger than the caches by then.
@@ -34,13 +34,18 @@ pub fn choose(spec: &TrainSpec, device: Device, memory_bytes: Option<i64>) -> Ch
     with(merged_weights)(micro_batch_seqs)
 }
 
-/// What a run needs at the least with the settings that it has: what they leave open is chosen for little memory.
-pub fn needed_bytes(spec: &TrainSpec, device: Device) -> i64 {
+/// What a run that goes on after `step` updates needs at the least with the settings that it has: what they leave open
+/// is chosen for little memory, and a warm start that is over needs none.
+pub fn needed_bytes(spec: &TrainSpec, step: i64, device: Device) -> i64 {
     let choices = Choices {
         micro_batch_seqs: spec.batch.micro_batch_seqs.seqs().unwrap_or(1),
         merged_weights: spec.memory.merged_weights.plan().unwrap_or(MergedPlan::Scratch),
     };
-    bytes(spec, &choices, device)
+    let mut needs = MemoryNeeds::of(spec, &choices, device);
+    if spec.method.lora().is_some_and(|lora| step > lora.warm_start_steps) {
+        needs.full_rank = WeightBytes::default();
+    }
+    needs.bytes()
 }
 
 /// A run for which memory is too small.
@@ -112,8 +117,8 @@ fn remedy(spec: &TrainSpec, choices: Choices, device: Device, memory: i64) -> (&
     ("/model", advice)
 }
 
-/// What a run needs at the least with any settings: one sequence at a time, whatever can be computed again computed again, and the frozen
-/// weights in the form that takes least.
+/// What a run needs at the least with any settings: one sequence at a time, whatever can be computed again computed
+/// again, and the frozen weights in the form that takes least.
 pub(super) fn least_bytes(spec: &TrainSpec, device: Device) -> i64 {
     let choices = Choices { micro_batch_seqs: 1, merged_weights: MergedPlan::Scratch };
     smaller_forms(spec).iter().map(|spec| bytes(spec, &choices, device)).min().unwrap_or(i64::MAX)

@@ -244,11 +244,21 @@ fn a_run_is_short_of_memory_where_there_is_less_than_it_needs() {
     let quantised = [auto[0].clone(), ("/memory/frozen_weights", json!("nf4"))];
     for changes in [&auto[..], &given, &quantised] {
         for device in [Device::Cpu, Device::Cuda] {
-            let needed = needed_bytes(&spec(changes), device);
+            let needed = needed_bytes(&spec(changes), 0, device);
             assert_eq!(shortage(&spec(changes), device, needed), None, "{changes:?}");
             assert!(shortage(&spec(changes), device, needed - 1).is_some(), "{changes:?}");
         }
     }
+}
+
+#[test]
+fn a_warm_start_that_is_over_needs_no_memory() {
+    let with = |warm_start_steps: i64| spec(&[("/method/warm_start_steps", json!(warm_start_steps))]);
+    let needed = |spec: &TrainSpec, step| needed_bytes(spec, step, Device::Cpu);
+    assert_eq!(needed(&with(10), 10), needed(&with(10), 0));
+    assert_eq!(needed(&with(10), 11), needed(&with(0), 0));
+    assert!(needed(&with(10), 11) < needed(&with(10), 10));
+    assert_eq!(needed(&full("fp32"), 100), needed(&full("fp32"), 0));
 }
 
 #[test]

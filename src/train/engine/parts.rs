@@ -49,7 +49,7 @@ pub fn head(spec: &ModelSpec, weights: &Weights, shared: &Shared) -> Projection 
     let matrix = weights.matrix(name.trim_end_matches(".weight"), shape);
     // oneDNN takes logits only without padding, and is as quick with them.
     let (kind, device) = shared.products();
-    let rows = (!native::has_onednn(kind, device)).then(|| shared.padded(spec.vocab_size));
+    let rows = (!native::multiplies_by_onednn(kind, device)).then(|| shared.padded(spec.vocab_size));
     let padded = Padded { rows, inputs: spec.hidden_size };
     Projection::new(vec![matrix], 7 * spec.num_hidden_layers, padded, shared)
 }

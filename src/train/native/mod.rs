@@ -109,7 +109,7 @@ pub fn give_back_memory() {
 /// is slower where it was measured (docs/performance.md); of parts of rows oneDNN makes copies, and then it is slower
 /// itself. What oneDNN refuses is left as it was.
 pub fn onednn_multiply(left: &Tensor, right: &Tensor, out: &Tensor, adds: bool) -> bool {
-    let is_taken = |x: &Tensor| x.dim() == 2 && has_onednn(x.kind(), x.device());
+    let is_taken = |x: &Tensor| x.dim() == 2 && multiplies_by_onednn(x.kind(), x.device());
     let is_whole = |x: &Tensor| x.numel() > 0 && (x.is_contiguous() || x.tr().is_contiguous());
     if !([left, right, out].into_iter().all(is_taken) && is_whole(left) && is_whole(right)) {
         return false;
@@ -122,8 +122,8 @@ pub fn onednn_multiply(left: &Tensor, right: &Tensor, out: &Tensor, adds: bool) 
     }
 }
 
-/// Whether matrices of this kind on this device are multiplied by oneDNN where they lie whole.
-pub fn has_onednn(kind: Kind, device: tch::Device) -> bool {
+/// Whether [`onednn_multiply`] takes matrices of this kind on this device, where they lie whole.
+pub fn multiplies_by_onednn(kind: Kind, device: tch::Device) -> bool {
     kind == Kind::Float && device == tch::Device::Cpu && has_avx512()
 }
 
