@@ -109,7 +109,13 @@ pub(super) async fn note_needs(
     };
     let needed = |device| memory::needed_bytes(&spec, job.last_step.unwrap_or(0), device);
     sqlx::query!(
-        "-- db::jobs::note_needs\nupdate work_items set cpu_bytes = $2, gpu_bytes = $3 where id = $1",
+        r#"
+        -- db::jobs::note_needs
+        update work_items
+        set cpu_bytes = $2, gpu_bytes = $3
+        -- Seldom anything new: after a warm start, or where the trainer chose.
+        where id = $1 and (cpu_bytes, gpu_bytes) is distinct from ($2, $3)
+        "#,
         job.work_item_id,
         needed(Device::Cpu),
         needed(Device::Cuda),

@@ -62,8 +62,9 @@ async fn specs_of_the_first_version_gain_the_settings_that_came_later(pool: PgPo
     let methods = [json!({"type": "full"}), low_rank(json!({"type": "lora"})), relora("zero"), relora("none")];
     for (index, method) in methods.iter().enumerate() {
         sqlx::query(
-            "insert into jobs (id, project_id, work_item_id, dataset_id, tokenization_id, name, spec)
-             values ($1, 'p', 'w', 'ds_1', 'tz_1', 'old', $2)",
+            "with item as (insert into work_items (id, project_id, kind) values ($1, 'p', 'train') returning id)
+             insert into jobs (id, project_id, work_item_id, dataset_id, tokenization_id, name, spec)
+             select $1, 'p', id, 'ds_1', 'tz_1', 'old', $2 from item",
         )
         .bind(index.to_string())
         .bind(old_spec(method.clone()))
@@ -95,6 +96,6 @@ async fn specs_of_the_first_version_gain_the_settings_that_came_later(pool: PgPo
         assert_eq!((spec.max_stall_s, spec.retries), (900, RetriesSpec { infrastructure: 5, user: 0 }));
     }
     let versions: Vec<i64> =
-        sqlx::query_scalar("select format_version from work_items").fetch_all(&pool).await.unwrap();
+        sqlx::query_scalar("select distinct format_version from work_items").fetch_all(&pool).await.unwrap();
     assert_eq!(versions, [FORMAT_VERSION]);
 }
